@@ -1,0 +1,91 @@
+"""Argument checks. One message style: what was expected (name and bound), then what came."""
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+
+def at_least(name: str, value: int, bound: int) -> int:
+    """`value` as an int, or ValueError unless it is a whole number `>= bound`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"Expected {name} to be a whole number >= {bound}, got {name}={value!r}.") from None
+    if number < bound:
+        raise ValueError(f"Expected {name} >= {bound}, got {name}={number}.")
+    return number
+
+
+def one_of(name: str, value: str, choices: Collection[str]) -> str:
+    """`value`, or ValueError unless it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"Expected {name} in {sorted(choices)}, got {name}={value!r}.")
+    return value
+
+
+def divides(name: str, k: int, total_name: str, total: int) -> None:
+    """ValueError unless `k` divides `total`."""
+    if total % k:
+        raise ValueError(
+            f"Expected {name} to divide {total_name}, got {name}={k} and {total_name}={total} (remainder {total % k})."
+        )
+
+
+def leading_axis(name: str, tree: PyTree) -> int:
+    """The leading axis that all leaves of `tree` share; ValueError if they share none or it is empty."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"Expected {name} to hold at least one array, got {tree!r}.")
+    sizes = {}
+    for path, leaf in leaves:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if np.ndim(leaf) == 0:
+            raise ValueError(f"Expected every array of {name} to have a leading axis, got {where} of shape ().")
+        sizes[where] = np.shape(leaf)[0]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"Expected all arrays of {name} to share their leading axis, got {sizes}.")
+    (size,) = set(sizes.values())
+    if size < 1:
+        raise ValueError(f"Expected a leading axis of {name} >= 1, got an empty {name} (leading axis 0).")
+    return size
+
+
+def mask_shape(mask: Any, batch_size: int) -> None:
+    """ValueError unless `mask` is boolean [B]."""
+    if mask.shape != (batch_size,) or mask.dtype != bool:
+        raise ValueError(
+            f"Expected mask to be boolean of shape [{batch_size}], got mask of dtype {mask.dtype} and shape {mask.shape}."
+        )
+
+
+def scalar_loss(out: PyTree) -> None:
+    """TypeError unless `out`, what loss_fn returned for one example, is one real floating-point scalar."""
+    leaves = jax.tree.leaves(out)
+    if len(leaves) != 1 or leaves[0] is not out or out.shape != ():
+        shapes = jax.tree.map(lambda leaf: getattr(leaf, "shape", leaf), out)
+        raise TypeError(
+            "Expected loss_fn(params, example) to return one scalar, the loss of ONE example "
+            f"(no batch axis), got shape {shapes}."
+        )
+    if not jax.numpy.issubdtype(out.dtype, jax.numpy.floating):
+        raise TypeError(f"Expected loss_fn to return a real floating-point scalar, got dtype {out.dtype}.")
+
+
+def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
+    """ValueError unless `tree` has the structure and shapes of `like`."""
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            f"Expected {name} to have the structure of {like_name}, {jax.tree.structure(like)}, "
+            f"got {jax.tree.structure(tree)}."
+        )
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
+        if np.shape(leaf) != np.shape(other):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"Expected {name}{where} of shape {np.shape(other)}, as in {like_name}, got {np.shape(leaf)}."
+            )

@@ -1,0 +1,63 @@
+"""GradMoments, the one sufficient statistic: every producer makes one, `merge` makes one of two."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cg_jax import trees
+
+PyTree = Any
+
+
+class GradMoments(NamedTuple):
+    """Sums over the per-example gradients gᵢ of a set of examples, all at one point of parameter space.
+
+    Sums only, no ratios, so that sets can be merged: see `merge`, and `cg_jax.coherence` for the ratios.
+    Leaves are float32 (float64 where the parameters are); integer leaves of the parameters are None here.
+    """
+
+    count: jax.Array  # number of examples, int32 scalar
+    sum_losses: jax.Array  # Σ ℓᵢ, scalar
+    sum_grads: PyTree  # S = Σ gᵢ, like the parameters
+    sum_sq_norms: PyTree  # Q = Σ ‖gᵢ‖², one scalar for each tensor of the parameters
+
+    @classmethod
+    def zeros(cls, params: PyTree, loss_dtype: Any = jnp.float32) -> "GradMoments":
+        """The moments of no examples, the neutral element of `merge`.
+
+        Args:
+            params: The parameters (arrays or `jax.ShapeDtypeStruct`s) whose gradients will be summed.
+            loss_dtype: The dtype of the losses.
+        """
+        kept, _ = trees.partition(params)
+        return cls(
+            count=jnp.zeros((), jnp.int32),
+            sum_losses=jnp.zeros((), trees.accumulator_dtype(loss_dtype)),
+            sum_grads=jax.tree.map(lambda p: jnp.zeros(p.shape, trees.accumulator_dtype(p.dtype)), kept),
+            sum_sq_norms=jax.tree.map(lambda p: jnp.zeros((), trees.accumulator_dtype(p.dtype)), kept),
+        )
+
+
+def merge(a: GradMoments, b: GradMoments) -> GradMoments:
+    """Moments of the union of two disjoint sets of examples: the sum, field by field.
+
+    Associative and commutative up to rounding; `GradMoments.zeros(params)` is neutral. Both must have been taken at
+    the same parameters.
+
+    Raises:
+        ValueError: The two were made for parameters of different structure.
+
+    Examples:
+        >>> import jax, cg_jax as cg
+        >>> moments = cg.grad_moments(lambda w, x: w * x)
+        >>> both = cg.merge(moments(1.0, jax.numpy.array([1.0, 4.0])), moments(1.0, jax.numpy.array([7.0])))
+        >>> int(both.count), float(both.sum_grads), float(both.sum_sq_norms)
+        (3, 12.0, 66.0)
+    """
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        raise ValueError(
+            "Expected moments of the same parameters, got structures "
+            f"{jax.tree.structure(a.sum_grads)} and {jax.tree.structure(b.sum_grads)}."
+        )
+    return trees.add(a, b)

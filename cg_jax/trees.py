@@ -1,0 +1,75 @@
+"""Norms and inner products of pytrees, tensor by tensor, summed in the accumulator dtype.
+
+A tree of parameters may hold integer or boolean leaves (counters, look-up tables). They have no gradient:
+`partition` takes them out, leaving None, and `combine` puts them back.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """float64 for float64, float32 for every narrower floating dtype."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether `leaf` is of a floating dtype, so that it has a gradient."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def partition(params: PyTree) -> tuple[PyTree, PyTree]:
+    """(differentiable leaves, the others), each with None where a leaf went to the other side."""
+    kept = jax.tree.map(lambda leaf: leaf if is_differentiable(leaf) else None, params)
+    rest = jax.tree.map(lambda leaf: None if is_differentiable(leaf) else leaf, params)
+    return kept, rest
+
+
+def combine(kept: PyTree, rest: PyTree) -> PyTree:
+    """Inverse of `partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda leaf: leaf is None)
+
+
+def accumulate(tree: PyTree) -> PyTree:
+    """Each leaf in its accumulator dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), tree)
+
+
+def sq_norms(tree: PyTree) -> PyTree:
+    """‖leaf‖² of each leaf; leaves [...], result scalars."""
+    return jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf.astype(accumulator_dtype(leaf.dtype)))), tree)
+
+
+def row_sq_norms(tree: PyTree) -> PyTree:
+    """‖leaf[i]‖² of each row of each leaf; leaves [B, ...], result [B]."""
+    return jax.tree.map(lambda leaf: jax.vmap(sq_norms)(leaf), tree)
+
+
+def row_inner(tree: PyTree, direction: PyTree) -> jax.Array:
+    """Σ over leaves of ⟨leaf[i], direction⟩; leaves [B, *shape] and [*shape], result [B]."""
+
+    def inner(leaf: jax.Array, along: jax.Array) -> jax.Array:
+        dtype = accumulator_dtype(leaf.dtype)
+        return jnp.einsum("i...,...->i", leaf.astype(dtype), along.astype(dtype), precision="highest")
+
+    return total(jax.tree.map(inner, tree, direction))
+
+
+def total(tree: PyTree) -> Any:
+    """Sum of all leaves (of equal or broadcastable shapes)."""
+    return sum(jax.tree.leaves(tree))
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise sum."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """The path of each leaf, parts joined by "/", in the order of jax.tree.leaves."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
