@@ -49,6 +49,17 @@ def row_sq_norms(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.vmap(sq_norms)(leaf), tree)
 
 
+def row_sums(tree: PyTree) -> PyTree:
+    """Σᵢ leaf[i] of each leaf; leaves [B, ...], result [...]."""
+
+    def sum_rows(leaf: jax.Array) -> jax.Array:
+        # As a product: a reduction over the rows of a large [B, P] array is up to fifty times slower on a CPU.
+        total = jnp.dot(jnp.ones(leaf.shape[0], leaf.dtype), leaf.reshape(leaf.shape[0], -1), precision="highest")
+        return total.reshape(leaf.shape[1:])
+
+    return jax.tree.map(sum_rows, tree)
+
+
 def row_inner(tree: PyTree, direction: PyTree) -> jax.Array:
     """Σ over leaves of ⟨leaf[i], direction⟩; leaves [B, *shape] and [*shape], result [B]."""
 

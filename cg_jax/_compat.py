@@ -1,0 +1,70 @@
+"""The one module that touches JAX's internals, or looks up what changes between its releases."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp calls
+# are not among them: their rules must be respected.
+_INLINABLE = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_REMATERIALISED = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand of an equation is a constant written into it."""
+    return isinstance(atom, core.Literal)
+
+
+def _closed(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """(open jaxpr, its constants) of an open or a closed jaxpr."""
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def inner_jaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """(body, constants) of a call that may be evaluated in place, else None."""
+    key = _INLINABLE.get(eqn.primitive.name) or _REMATERIALISED.get(eqn.primitive.name)
+    return None if key is None else _closed(eqn.params[key])
+
+
+def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
+    """Evaluate one equation on `operands`, some of its parameters changed; its outputs as a list."""
+    subfuns, params = eqn.primitive.get_bind_params(eqn.params)
+    context = getattr(getattr(eqn, "ctx", None), "manager", None) or contextlib.nullcontext()
+    with context:
+        out = eqn.primitive.bind(*subfuns, *operands, **(params | changed))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_of(eqn: Any) -> str:
+    """The user's file and line that made an equation, or the empty string."""
+    try:
+        from jax._src import source_info_util
+
+        return source_info_util.summarize(eqn.source_info)
+    except (ImportError, AttributeError):
+        return ""
+
+
+def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
+    """While it is open, new equations are said to come from the user's line that made `eqn`."""
+    try:
+        from jax._src import source_info_util
+
+        return source_info_util.user_context(eqn.source_info.traceback, name_stack=eqn.source_info.name_stack)
+    except (ImportError, AttributeError, TypeError):
+        return contextlib.nullcontext()
+
+
+def is_forward_mode_error(error: TypeError) -> bool:
+    """Whether JAX refused `jvp` because the function holds a custom_vjp."""
+    return "custom_vjp" in str(error)
+
+
+def backend() -> str:
+    """The platform that arrays go to when nothing else is said: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()

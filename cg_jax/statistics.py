@@ -1,0 +1,157 @@
+"""Sums and norms of the per-example gradients of one batch: dispatch between the engine and vmap(grad)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cg_jax import _validate, ghost, trees
+from cg_jax.moments import GradMoments
+from cg_jax.per_example import LossFn, losses_and_grads
+
+PyTree = Any
+
+METHODS = ("ghost", "vmap")
+
+
+class BatchStatistics(NamedTuple):
+    """What one batch yields; masked rows are zero throughout."""
+
+    losses: jax.Array  # [B]
+    sq_norms: PyTree  # ‖gᵢ‖² for each tensor, [B], accumulator dtype
+    sum_grads: PyTree  # Σ gᵢ, like the parameters, accumulator dtype
+
+
+def _fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
+    """Each masked row replaced by the first valid one.
+
+    A zero or garbage row could turn its zero weight into 0·∞ = NaN inside the derivative of the loss.
+    """
+    rows = jnp.where(mask, jnp.arange(mask.size), jnp.argmax(mask))
+    return jax.tree.map(lambda leaf: leaf[rows], batch)
+
+
+def _zero_where(condition: jax.Array, tree: PyTree) -> PyTree:
+    """Each leaf, or zeros where `condition` (a scalar, or [B] for leaves [B]) holds."""
+    return jax.tree.map(lambda leaf: jnp.where(condition, jnp.zeros_like(leaf), leaf), tree)
+
+
+def _vmap_statistics(loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None) -> BatchStatistics:
+    """By vmap(grad): the reference, which builds a B × parameters array."""
+    losses, grads = losses_and_grads(loss_fn, params, batch)
+    grads = trees.accumulate(grads)
+    if weights is not None:
+        grads = jax.vmap(lambda w, g: jax.tree.map(lambda leaf: leaf * w.astype(leaf.dtype), g))(weights, grads)
+    return BatchStatistics(losses, trees.row_sq_norms(grads), trees.row_sums(grads))
+
+
+def batch_statistics(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, mask: jax.Array | None, method: str
+) -> BatchStatistics:
+    """Losses, squared norms and the sum of the gradients of one batch; the one producer behind everything above."""
+    weights = None
+    if mask is not None:
+        batch, weights = _fill_masked(batch, mask), mask.astype(jnp.float32)
+    by = ghost.statistics if method == "ghost" else _vmap_statistics
+    losses, sq_norms, sum_grads = by(loss_fn, params, batch, weights)
+    if mask is not None:
+        losses, sq_norms = _zero_where(~mask, (losses, sq_norms))
+        sum_grads = _zero_where(~mask.any(), sum_grads)
+    return BatchStatistics(losses, sq_norms, sum_grads)
+
+
+def to_moments(statistics: BatchStatistics, count: Any) -> GradMoments:
+    """The sums over the batch, of which `count` rows were valid."""
+    losses = statistics.losses.astype(trees.accumulator_dtype(statistics.losses.dtype))
+    return GradMoments(
+        count=jnp.asarray(count, jnp.int32),
+        sum_losses=losses.sum(),
+        sum_grads=statistics.sum_grads,
+        sum_sq_norms=jax.tree.map(jnp.sum, statistics.sq_norms),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(loss_fn: LossFn, method: str, params: PyTree, batch: PyTree, mask: jax.Array | None) -> GradMoments:
+    statistics = batch_statistics(loss_fn, params, batch, mask, method)
+    return to_moments(statistics, statistics.losses.size if mask is None else mask.sum())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sq_norms(loss_fn: LossFn, method: str, params: PyTree, batch: PyTree) -> PyTree:
+    return batch_statistics(loss_fn, params, batch, None, method).sq_norms
+
+
+def grad_moments(loss_fn: LossFn, method: str = "ghost") -> Callable[..., GradMoments]:
+    """The function (params, batch, mask=None) → GradMoments: S = Σ gᵢ and Q = Σ ‖gᵢ‖² per tensor, Σ ℓᵢ, and the count.
+
+    gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters;
+    "vmap" is the plain reference, vmap(grad), and does. Both are exact and agree to rounding.
+
+    Args:
+        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object: pass
+            the same one again, for a fresh lambda compiles again.
+        method: "ghost" or "vmap".
+
+    Returns:
+        A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B) and mask (boolean
+        [B]). Rows where mask is False contribute nothing, whatever they hold. A gradient that is not finite makes the
+        sums so: see `measure_coherence` for leaving such examples out. Sums are float32, or float64 where the parameters
+        are; integer leaves of params are None.
+
+    Raises:
+        ValueError: Unknown method, empty batch, leading axes that disagree, a mask of other shape or dtype, or a loss that
+            does not depend on params.
+        TypeError: loss_fn does not return a real scalar.
+
+    References:
+        The sum of squares without the gradients: Goodfellow, Efficient Per-Example Gradient Computations, 2015,
+        https://arxiv.org/abs/1510.01799.
+
+    Examples:
+        >>> import jax, cg_jax as cg
+        >>> moments = cg.grad_moments(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]))
+        >>> int(moments.count), float(moments.sum_grads), float(moments.sum_sq_norms)
+        (3, -12.0, 66.0)
+    """
+    _validate.one_of("method", method, METHODS)
+
+    def moments(params: PyTree, batch: PyTree, mask: Any = None) -> GradMoments:
+        size = _validate.leading_axis("batch", batch)
+        if mask is not None:
+            mask = jnp.asarray(mask)
+            _validate.mask_shape(mask, size)
+        return _moments(loss_fn, method, params, batch, mask)
+
+    return moments
+
+
+def per_example_sq_norms(loss_fn: LossFn, method: str = "ghost") -> Callable[[PyTree, PyTree], PyTree]:
+    """The function (params, batch) → ‖gᵢ‖² of every example, tensor by tensor; nothing of size B × parameters is built.
+
+    Args:
+        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object.
+        method: "ghost", or "vmap" for the plain reference.
+
+    Returns:
+        A jitted function that returns a pytree like params of [B], float32 (float64 where the parameters are); None for
+        integer leaves. The sum over the leaves is ‖gᵢ‖² of the whole gradient.
+
+    Raises:
+        ValueError: Unknown method, empty batch, leading axes that disagree, or a loss that does not depend on params.
+        TypeError: loss_fn does not return a real scalar.
+
+    Examples:
+        >>> import jax, cg_jax as cg
+        >>> cg.per_example_sq_norms(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]))
+        Array([ 1., 16., 49.], dtype=float32)
+    """
+    _validate.one_of("method", method, METHODS)
+
+    def sq_norms(params: PyTree, batch: PyTree) -> PyTree:
+        _validate.leading_axis("batch", batch)
+        return _sq_norms(loss_fn, method, params, batch)
+
+    return sq_norms

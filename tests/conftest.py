@@ -1,0 +1,6 @@
+"""Numeric modes of the whole suite."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
