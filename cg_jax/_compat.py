@@ -33,10 +33,8 @@ def inner_jaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
 
 def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
     """Evaluate one equation on `operands`, some of its parameters changed; its outputs as a list."""
-    subfuns, params = eqn.primitive.get_bind_params(eqn.params)
-    context = getattr(getattr(eqn, "ctx", None), "manager", None) or contextlib.nullcontext()
-    with context:
-        out = eqn.primitive.bind(*subfuns, *operands, **(params | changed))
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*operands, **(eqn.primitive.get_bind_params(eqn.params) | changed))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
