@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend import core
 
-# Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp calls
-# are not among them: their rules must be respected.
+# Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp
+# calls are not among them: their rules must be respected.
 _INLINABLE = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 _REMATERIALISED = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
 
@@ -61,6 +62,11 @@ def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
 def is_forward_mode_error(error: TypeError) -> bool:
     """Whether JAX refused `jvp` because the function holds a custom_vjp."""
     return "custom_vjp" in str(error)
+
+
+def is_tracer(value: Any) -> bool:
+    """Whether `value` stands for an array inside a traced function."""
+    return isinstance(value, Tracer)
 
 
 def backend() -> str:

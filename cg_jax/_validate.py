@@ -59,7 +59,8 @@ def mask_shape(mask: Any, batch_size: int) -> None:
     """ValueError unless `mask` is boolean [B]."""
     if mask.shape != (batch_size,) or mask.dtype != bool:
         raise ValueError(
-            f"Expected mask to be boolean of shape [{batch_size}], got mask of dtype {mask.dtype} and shape {mask.shape}."
+            f"Expected mask to be boolean of shape [{batch_size}], got mask of dtype {mask.dtype} and shape "
+            f"{mask.shape}."
         )
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import itertools
+import types
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 from cg_jax import _validate, trees
 from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments, merge
-from cg_jax.per_example import LossFn
+from cg_jax.per_example import LossFn, checked_loss
 from cg_jax.statistics import METHODS, batch_statistics, to_moments
 
 PyTree = Any
@@ -61,12 +63,16 @@ def _iterable_batches(data: Iterable[PyTree], batch_size: int) -> Iterator[_Batc
 def _batches(data: PyTree, batch_size: int) -> tuple[Iterator[_Batch], int | None]:
     """(the batches, their number where it is known)."""
     leaves = jax.tree.leaves(data)
-    if leaves and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves) and not _is_batch_list(data):
+    if (
+        leaves
+        and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+        and not _is_batch_list(data)
+    ):
         size = _validate.leading_axis("data", data)
         return _array_batches(data, size, batch_size), -(-size // batch_size)
     if not isinstance(data, Iterable):
         raise TypeError(f"Expected data to be a pytree of arrays or an iterable of batches, got {type(data).__name__}.")
-    return _iterable_batches(data, batch_size), len(data) if hasattr(data, "__len__") else None
+    return _iterable_batches(data, batch_size), len(data) if isinstance(data, Sized) else None
 
 
 def _is_batch_list(data: Any) -> bool:
@@ -91,7 +97,8 @@ def _step(
 def _zeros(loss_fn: LossFn, params: PyTree, batch: PyTree) -> GradMoments:
     """The moments of no examples, in the dtypes that `_step` will add."""
     example = jax.tree.map(lambda leaf: leaf[0], batch)
-    return GradMoments.zeros(params, jax.eval_shape(loss_fn, params, example).dtype)
+    kept, rest = trees.partition(params)
+    return GradMoments.zeros(params, jax.eval_shape(checked_loss(loss_fn, rest), kept, example).dtype)
 
 
 def _raise_nonfinite(bad: np.ndarray, batch: _Batch) -> None:
@@ -105,9 +112,9 @@ def _raise_nonfinite(bad: np.ndarray, batch: _Batch) -> None:
 
 @contextlib.contextmanager
 def _bar(progress: bool, total: int | None) -> Iterator[Any]:
-    """A progress bar over batches, or None."""
+    """A progress bar over batches, or what stands in for one."""
     if not progress:
-        yield None
+        yield types.SimpleNamespace(update=lambda: None)
         return
     try:
         from tqdm.auto import tqdm
@@ -168,21 +175,20 @@ def measure_coherence(
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
     batches, number = _batches(data, batch_size)
     guard = nonfinite != "propagate"
-    moments, skipped, pending = None, 0, None
+    first = next(batches)
+    moments, skipped = _zeros(loss_fn, params, first.rows), 0
+    # Flags are read one batch late, so that the device computes while the host cuts the next batch.
+    pending: list[tuple[_Batch, jax.Array]] = []
     with _bar(progress, number) as bar:
-        for batch in batches:
-            if moments is None:
-                moments = _zeros(loss_fn, params, batch.rows)
+        for batch in itertools.chain([first], batches):
             moments, bad = _step(loss_fn, method, guard, params, moments, batch.rows, batch.mask)
-            # Flags are read one batch late, so that the device computes while the host cuts the next batch.
-            if guard and pending is not None:
-                moments, more = _settle(loss_fn, method, nonfinite, params, moments, *pending)
+            pending = [*pending, (batch, bad)] if guard else []
+            if len(pending) > 1:
+                moments, more = _settle(loss_fn, method, nonfinite, params, moments, *pending.pop(0))
                 skipped += more
-            pending = (batch, bad)
-            if bar is not None:
-                bar.update()
-        if guard:
-            moments, more = _settle(loss_fn, method, nonfinite, params, moments, *pending)
+            bar.update()
+        for batch, bad in pending:
+            moments, more = _settle(loss_fn, method, nonfinite, params, moments, batch, bad)
             skipped += more
     return _finish(moments, skipped)
 

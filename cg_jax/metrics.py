@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cg_jax import trees
+from cg_jax import _compat, trees
 from cg_jax.moments import GradMoments
 
 
@@ -57,6 +57,11 @@ class Coherence:
     per_tensor: dict[str, Ratios]
     """Path of each parameter tensor → its ratios; α = Σ share · α over the tensors."""
 
+    def __str__(self) -> str:
+        if _compat.is_tracer(self.alpha):  # has no digits yet
+            return repr(self)
+        return f"Coherence(α={self.alpha:.4g}, r={self.m_coherence:.4g} of {self.count}, loss={self.loss:.4g})"
+
 
 def _ratios(sq_norm_sum: jax.Array, sum_sq_norms: jax.Array, count: jax.Array, share: jax.Array) -> Ratios:
     """The ratios from ‖S‖², Q and m."""
@@ -104,7 +109,7 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
     names = trees.paths(moments.sum_grads)
     squares = jax.tree.leaves(trees.sq_norms(moments.sum_grads))
     norms = jax.tree.leaves(moments.sum_sq_norms)
-    sq_norm_sum, sum_sq_norms = sum(squares), sum(norms)
+    sq_norm_sum, sum_sq_norms = trees.total(squares), trees.total(norms)
     whole = _ratios(sq_norm_sum, sum_sq_norms, count, jnp.ones_like(sum_sq_norms))
     per_tensor = {
         name: _ratios(square, norm, count, norm / sum_sq_norms)

@@ -41,7 +41,9 @@ def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree) -> None:
     """ValueError unless loss_fn reads a differentiable leaf of params on the way to its result."""
     kept, rest = trees.partition(params)
     if not jax.tree.leaves(kept):
-        raise ValueError("Expected params to hold at least one floating-point array, got none; nothing to differentiate.")
+        raise ValueError(
+            "Expected params to hold at least one floating-point array, got none; nothing to differentiate."
+        )
     jaxpr = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example_of(batch)).jaxpr
     reached = set(jaxpr.invars[: len(jax.tree.leaves(kept))])
     for eqn in jaxpr.eqns:
@@ -71,12 +73,12 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
     never build this.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object: pass
-            the same one again, for a fresh lambda compiles again.
+        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object:
+            pass the same one again, for a fresh lambda compiles again.
 
     Returns:
-        A jitted function of params (any pytree) and batch (a pytree whose leaves share a leading axis B), which returns a
-        pytree like params of [B, *param] in the parameters' dtypes; None for integer leaves.
+        A jitted function of params (any pytree) and batch (a pytree whose leaves share a leading axis B), which returns
+        a pytree like params of [B, *param] in the parameters' dtypes; None for integer leaves.
 
     Raises:
         ValueError: Empty batch, leading axes that disagree, or a loss that does not depend on params.
@@ -84,7 +86,7 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
 
     Examples:
         >>> import jax, cg_jax as cg
-        >>> cg.per_example_grads(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]))
+        >>> cg.per_example_grads(lambda w, x: 0.5 * (w - x) ** 2)(jax.numpy.zeros(()), jax.numpy.array([1.0, 4.0, 7.0]))
         Array([-1., -4., -7.], dtype=float32)
     """
 

@@ -91,19 +91,19 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost") -> Callable[..., GradMo
     "vmap" is the plain reference, vmap(grad), and does. Both are exact and agree to rounding.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object: pass
-            the same one again, for a fresh lambda compiles again.
+        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object:
+            pass the same one again, for a fresh lambda compiles again.
         method: "ghost" or "vmap".
 
     Returns:
         A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B) and mask (boolean
         [B]). Rows where mask is False contribute nothing, whatever they hold. A gradient that is not finite makes the
-        sums so: see `measure_coherence` for leaving such examples out. Sums are float32, or float64 where the parameters
-        are; integer leaves of params are None.
+        sums so: see `measure_coherence` for leaving such examples out. Sums are float32, or float64 where the
+        parameters are; integer leaves of params are None.
 
     Raises:
-        ValueError: Unknown method, empty batch, leading axes that disagree, a mask of other shape or dtype, or a loss that
-            does not depend on params.
+        ValueError: Unknown method, empty batch, leading axes that disagree, a mask of other shape or dtype, or a loss
+            that does not depend on params.
         TypeError: loss_fn does not return a real scalar.
 
     References:

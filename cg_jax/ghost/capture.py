@@ -1,8 +1,8 @@
 """From a loss to its parameter uses: which equations a parameter meets a value of the example in.
 
 A value is *static* when it follows from parameters and constants alone, else *dynamic* (it depends on the example). An
-equation with a static operand that carries a gradient to a parameter, and with a dynamic result, is a `Site`. Its static
-operands are *views* of the parameters: computed once, outside the batch.
+equation with a static operand that carries a gradient to a parameter, and with a dynamic result, is a `Site`. Its
+static operands are *views* of the parameters: computed once, outside the batch.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def read_all(atoms: Sequence[Any], env: dict[Any, Any]) -> list[Any]:
 
 
 def isometric_view(program: Program, view: Any) -> list[Any] | None:
-    """The equations that rearrange one parameter into `view`, entry by entry, in order; None if anything else is done."""
+    """The equations that rearrange one parameter into `view`, entry by entry, in order; None if there is more to it."""
     if view in program.parameters:
         return []
     for eqn in program.static:
@@ -175,4 +175,3 @@ def undo_view(eqns: Sequence[Any], parameter: Any, view: Any, cotangent: jax.Arr
     like = jax.ShapeDtypeStruct(parameter.aval.shape, cotangent.dtype)
     (out,) = jax.linear_transpose(rearrange, like)(cotangent)
     return out
-

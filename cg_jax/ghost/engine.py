@@ -1,4 +1,6 @@
-"""Run the plan: one forward and one backward pass over the batch, then each tensor's norms and sum from what they left."""
+"""Run the plan: one forward and one backward pass over the batch, then each tensor's norms and sum from what they
+left.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,9 +66,7 @@ def statistics(
     return losses, jax.tree.unflatten(structure, sq_norms), jax.tree.unflatten(structure, sums)
 
 
-def _same_for_all(
-    loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array
-) -> tuple[jax.Array, PyTree, PyTree]:
+def _same_for_all(loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array) -> tuple[jax.Array, PyTree, PyTree]:
     """The statistics of a loss that ignores the example."""
     value, grad = jax.value_and_grad(loss)(kept, jax.tree.map(lambda leaf: leaf[0], batch))
     grad = trees.accumulate(grad)

@@ -76,7 +76,7 @@ def _groups(program: Program, uses: dict[int, list[tuple[int, int]]]) -> tuple[G
         for index, position in found:
             together = program.reach[program.sites[index].eqn.invars[position]]
             joined = set().union(*(group_of[i] for i in together))
-            group_of.update({i: joined for i in joined})
+            group_of.update(dict.fromkeys(joined, joined))
     plans = []
     for members in {id(group): group for group in group_of.values()}.values():
         places: dict[int, set[int]] = {}

@@ -77,7 +77,11 @@ def conv_general_dilated(eqn: Any, view: int) -> Product | None:
 
     def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-        edges = [(0, 0, 0), *((lo, hi, gap - 1) for (lo, hi), gap in zip(params["padding"], params["lhs_dilation"])), (0, 0, 0)]
+        edges = [
+            (0, 0, 0),
+            *((lo, hi, gap - 1) for (lo, hi), gap in zip(params["padding"], params["lhs_dilation"], strict=True)),
+            (0, 0, 0),
+        ]
         x = lax.pad(x, jnp.zeros((), x.dtype), edges)
         pieces = [_window(x, place, positions, params) for place in _places(window)]
         a = jnp.stack([piece.reshape(t, groups, channels) for piece in pieces], axis=2)  # [T, G, K, C]
