@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first command makes from requirements.txt; `make clean` removes it.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+JAX := $(shell grep '^jax==' requirements.txt)
+
+.PHONY: demo test lint types bench clean
+
+demo: .venv/stamp
+	$(BIN)/python -m experiments demo
+
+test: .venv/stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/stamp
+	$(BIN)/pyright
+
+bench: .venv/stamp
+	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
+
+# Where there is an NVIDIA GPU, JAX's plugin for it goes in too.
+.venv/stamp: requirements.txt setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Expected Python 3.11, 3.12 or 3.13 on the PATH, found none; name one with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	if command -v nvidia-smi >/dev/null; then \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(subst jax==,jax[cuda13]==,$(JAX))"; fi
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""One script per claim; results with the machine's description beside them."""

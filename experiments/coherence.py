@@ -1,0 +1,231 @@
+"""Coherence while a network trains on real and on random labels."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+import cg_jax as cg
+from experiments import data, figures, models
+from experiments.configs import CoherenceConfig
+from experiments.run import RunFolder
+from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
+from experiments.train import Keys, epoch_rows, predict, steps_per_epoch, trainer
+
+LABELS = {"real": "real labels", "random": "random labels"}
+SAMPLES = {"train": "training sample", "test": "test sample"}
+# Training losses, in nats, at which real and random labels are compared.
+_LOSSES = (2.25, 2.2, 2.1, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
+
+
+def measure(config: CoherenceConfig, folder: RunFolder) -> None:
+    """Train on real and on random labels, seed by seed, and measure at each checkpoint."""
+    dataset = data.load(config.data, folder=config.data_dir, num_train=config.num_train, num_test=config.num_test)
+    model = models.build(config.model, config.width, config.depth, dataset.num_classes)
+    for seed in range(config.seed, config.seed + config.seeds):
+        for labels in LABELS:
+            _train(config, folder, dataset, model, labels, seed)
+
+
+def checkpoints(steps: int, epochs: int, every: int) -> list[int]:
+    """Steps to measure at: 0, a logarithmic grid in the first epoch, then every so many epochs."""
+    first = np.unique(np.round(np.geomspace(1, steps, min(steps, 9))).astype(int)).tolist()
+    return sorted({0, *first, *(steps * epoch for epoch in range(1 + every, epochs, every)), steps * epochs})
+
+
+def _train(
+    config: CoherenceConfig, folder: RunFolder, dataset: data.Dataset, model: Any, labels: str, seed: int
+) -> None:
+    keys, size = Keys.of(seed), len(dataset.train_labels)
+    share = 1.0 if labels == "random" else 0.0
+    train = (dataset.train_images, data.corrupt(keys.noise, dataset.train_labels, share, dataset.num_classes))
+    test = (dataset.test_images, data.corrupt(keys.test_noise, dataset.test_labels, share, dataset.num_classes))
+    train, test = jax.device_put(train), jax.device_put(test)
+    method = trainer(model, "sgd", config.learning_rate, config.batch_size)
+    state = method.init(keys.init, train[0])
+    per_epoch = steps_per_epoch(size, method.rows_per_step, config.batch_size)
+    wanted = checkpoints(per_epoch, config.epochs, config.per_epoch)
+    step = 0
+
+    with tqdm(total=config.epochs * per_epoch, desc=f"coherence · {labels} · seed {seed}", unit="step") as bar:
+
+        def note() -> None:
+            row = {"labels": labels, "seed": seed, "step": step, "epoch": step / per_epoch}
+            row |= _measurement(config, model, state.params, train, test)
+            folder.add(**row)
+            bar.set_postfix(loss=f"{row['train']['loss']:.3f}", r=f"{row['train']['r']:.1f}")
+
+        note()
+        for epoch in range(config.epochs):
+            for rows in epoch_rows(keys.order, epoch, size, method.rows_per_step, config.batch_size):
+                state = method.step(state, *train, rows)
+                step += 1
+                bar.update()
+                if step in wanted:
+                    note()
+
+
+def _measurement(config: CoherenceConfig, model: Any, params: Any, train: Any, test: Any) -> Row:
+    """Coherence and accuracy on both samples; the parts of each tensor on the training sample."""
+    row: Row = {}
+    for name, sample in (("train", train), ("test", test)):
+        loss_fn, batch_size = models.loss_of(model), min(config.measure_batch_size, len(sample[1]))
+        found = jax.device_get(cg.measure_coherence(loss_fn, params, sample, batch_size=batch_size))
+        hits = predict(model, params, sample[0], config.measure_batch_size) == np.asarray(sample[1])
+        row[name] = {
+            "alpha": float(found.alpha),
+            "r": float(found.m_coherence),
+            "alpha_unbiased": float(found.alpha_unbiased),
+            "noise_scale": float(found.noise_scale),
+            "loss": float(found.loss),
+            "accuracy": float(hits.mean()),
+            "count": int(found.count),
+        }
+        if name == "train":
+            tensors = found.per_tensor.items()
+            row["per_tensor"] = {
+                tensor.removeprefix("params/"): {
+                    "alpha": float(part.alpha),
+                    "r": float(part.m_coherence),
+                    "share": float(part.share),
+                }
+                for tensor, part in tensors
+            }
+    return row
+
+
+def r_at_loss(rows: list[Row], sample: str, loss: float) -> float | None:
+    """r when the training loss first falls through `loss`, log r interpolated; None if it does not get there."""
+    losses = [number(row, "train/loss") for row in rows]
+    for i, (before, after) in enumerate(itertools.pairwise(losses)):
+        if after <= loss <= before and after < before:
+            part = (before - loss) / (before - after)
+            low, high = (np.log(number(rows[j], f"{sample}/r")) for j in (i, i + 1))
+            return float(np.exp(low + part * (high - low)))
+    return None
+
+
+def at_equal_loss(rows: list[Row], sample: str) -> dict[float, dict[str, list[float]]]:
+    """r by training loss and labels, one value for each seed, where every run reached that loss."""
+    found: dict[float, dict[str, list[float]]] = {}
+    for loss in _LOSSES:
+        by_labels = {
+            labels: [r_at_loss(select(rows, labels=labels, seed=seed), sample, loss) for seed in seeds_of(rows)]
+            for labels in LABELS
+        }
+        complete = {labels: [r for r in values if r is not None] for labels, values in by_labels.items()}
+        if all(len(values) == len(seeds_of(rows)) for values in complete.values()):
+            found[loss] = complete
+    return found
+
+
+def at_equal_epoch(rows: list[Row], sample: str) -> dict[float, dict[str, list[float]]]:
+    """r by epoch and labels, one value for each seed, where every run was measured."""
+    found: dict[float, dict[str, list[float]]] = {}
+    for epoch in sorted({row["epoch"] for row in rows}):
+        by_labels = {
+            labels: [number(row, f"{sample}/r") for row in rows if row["labels"] == labels and row["epoch"] == epoch]
+            for labels in LABELS
+        }
+        if all(len(values) == len(seeds_of(rows)) for values in by_labels.values()):
+            found[epoch] = by_labels
+    return found
+
+
+def _ratios(values: dict[str, list[float]]) -> list[float]:
+    return [real / random for real, random in zip(values["real"], values["random"], strict=True)]
+
+
+def _claim(sample: str, against: str, found: dict[float, dict[str, list[float]]], descending: bool) -> Claim:
+    """Whether r of real labels is above that of random ones at every point, in every seed; if not, up to where."""
+    text = f"On the {SAMPLES[sample]}, r of real labels is above r of random ones at every common {against}."
+    points = sorted(found, reverse=descending)
+    if not points:
+        return Claim(text, None, f"The runs have no {against} in common.")
+    holds = [min(_ratios(found[point])) > 1 for point in points]
+    until = holds.index(False) if False in holds else len(holds)
+    ratios = [float(np.mean(_ratios(found[point]))) for point in points]
+    side = "down to" if descending else "up to"
+    if until == 0:
+        return Claim(text, False, f"Already at {against} {points[0]:.3g} the ratio is {ratios[0]:.2f}.")
+    range_ = f"the ratio is {min(ratios[:until]):.2f} to {max(ratios[:until]):.2f}"
+    if until == len(points):
+        return Claim(text, True, f"From {points[0]:.3g} {side} {points[-1]:.3g} {range_}.")
+    tail = f"At {points[until]:.3g} it is {ratios[until]:.2f}, later {min(ratios[until:]):.2f} at the least"
+    return Claim(text, False, f"It holds from {points[0]:.3g} {side} {points[until - 1]:.3g}, where {range_}. {tail}.")
+
+
+def _start(rows: list[Row], sample: str) -> Claim:
+    found = at_equal_epoch(rows, sample).get(0.0)
+    text = f"At the start, before any training, r of real labels is above r of random ones on the {SAMPLES[sample]}."
+    if found is None:
+        return Claim(text, None, "No run was measured at its start.")
+    ratios = _ratios(found)
+    return Claim(text, min(ratios) > 1, f"r = {with_spread(found['real'])} against {with_spread(found['random'])}.")
+
+
+def _table(rows: list[Row]) -> Table:
+    parts = {sample: at_equal_loss(rows, sample) for sample in SAMPLES}
+    lines = []
+    for loss in parts["train"]:
+        line = [f"{loss:.2f}"]
+        for sample in SAMPLES:
+            values = parts[sample][loss]
+            line += [with_spread(values["real"]), with_spread(values["random"]), with_spread(_ratios(values), "{:.2f}")]
+        lines.append(tuple(line))
+    heads = [f"{sample}: {column}" for sample in SAMPLES for column in ("r real", "r random", "ratio")]
+    note = "r when the training loss first falls through the value, interpolated between checkpoints."
+    return Table("r at equal training loss", ("training loss [nats]", *heads), tuple(lines), note)
+
+
+def section(config: CoherenceConfig, folder: RunFolder) -> Section:
+    """The claims, the table and the figures that follow from what was measured."""
+    rows = folder.rows
+    counts = {sample: rows[0][sample]["count"] for sample in SAMPLES} if rows else dict.fromkeys(SAMPLES, 0)
+    claims, pictures = [], []
+    if {row["labels"] for row in rows} == set(LABELS):
+        for sample in SAMPLES:
+            claims += [
+                _start(rows, sample),
+                _claim(sample, "training loss", at_equal_loss(rows, sample), descending=True),
+                _claim(sample, "epoch", at_equal_epoch(rows, sample), descending=False),
+            ]
+    if rows:
+        figures.coherence(rows, counts, folder.figures / "coherence.png")
+        figures.per_tensor(rows, folder.figures / "per_tensor.png")
+        pictures = [
+            Figure("coherence.png", _CAPTION.format(**counts, seeds=config.seeds)),
+            Figure("per_tensor.png", "r of each parameter tensor on the training sample, mean over seeds."),
+        ]
+    text = tuple(
+        part.format(data=config.data, model=config.model, lr=config.learning_rate, batch=config.batch_size, **counts)
+        for part in _TEXT
+    )
+    return Section(
+        "coherence",
+        "Real against random labels",
+        text,
+        tuple(claims),
+        (_table(rows),) if claims else (),
+        tuple(pictures),
+    )
+
+
+_CAPTION = (
+    "m-coherence r of the whole training sample (m = {train}) and of a held-out test sample (m = {test}), against"
+    " epochs and against training loss, with the accuracy on the same sample beside it. Lines are means over "
+    "{seeds} seed(s), bands one standard deviation. The dashed line at r = 1 is the orthogonal limit: examples "
+    "that do not help each other. Values of r for different m must not be compared."
+)
+_TEXT = (
+    "The same network ({model}) is trained twice on the same images ({data}) by plain SGD (learning rate {lr}, "
+    "mini-batches of {batch}): once with the real labels, once with labels drawn at random, which can only be "
+    "memorised one by one.",
+    "Coherence asks how much the gradients of single examples agree. With g the gradient of one example's loss, r"
+    " = ‖Σ g‖² / Σ ‖g‖² says how many examples of the sample one example's gradient helps: 1 where gradients are "
+    "orthogonal, m (here {train} in training, {test} in testing) where all are equal. The theory of coherent "
+    "gradients says that real labels, which generalise, have high r, and random ones low r. In the run with "
+    "random labels those of the test sample are random too.",
+)

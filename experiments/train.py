@@ -1,0 +1,111 @@
+"""Training by any of the methods that the experiments compare."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+import cg_jax as cg
+from experiments.models import loss_of, predictor
+
+
+class Keys(NamedTuple):
+    """Separate randomness for each thing that is random, so that methods differ in nothing else."""
+
+    init: jax.Array
+    order: jax.Array
+    noise: jax.Array
+    test_noise: jax.Array
+
+    @classmethod
+    def of(cls, seed: int) -> "Keys":
+        """The keys of a seed."""
+        return cls(*jax.random.split(jax.random.key(seed), 4))
+
+
+class Method(NamedTuple):
+    """How the gradients of mini-batches become a step."""
+
+    label: str
+    groups: int  # mini-batches in one step, each with its own gradient
+    transform: Callable[[], optax.GradientTransformation]
+
+
+METHODS = {
+    "sgd": Method("SGD", 1, optax.identity),
+    "mean3": Method("mean of 3 (control)", 3, lambda: cg.stacked(cg.mean())),
+    "m3": Method("M3, median of 3", 3, lambda: cg.stacked(cg.median())),
+    "rm3": Method("RM3, rolling median", 1, cg.rm3),
+    "ra3": Method("RA3, rolling mean", 1, cg.ra3),
+}
+# Every method takes a whole number of steps in an epoch and sees the same examples.
+EPOCH_UNIT = 3
+
+
+class State(NamedTuple):
+    """Parameters and the state of the optimizer."""
+
+    params: Any
+    opt_state: Any
+
+
+class Trainer(NamedTuple):
+    """One method's way to train one model."""
+
+    init: Callable[[jax.Array, jax.Array], State]  # (key, images) → state
+    step: Callable[..., State]  # (state, images, labels, rows) → state; jitted, the state donated
+    rows_per_step: int
+
+
+@functools.cache
+def trainer(model: nn.Module, method: str, learning_rate: float, batch_size: int) -> Trainer:
+    """The trainer of a method, compiled once for all seeds."""
+    groups, loss_fn = METHODS[method].groups, loss_of(model)
+    optimizer = optax.chain(METHODS[method].transform(), optax.sgd(learning_rate))
+
+    def init(key: jax.Array, images: jax.Array) -> State:
+        params = model.init(key, images[:1])
+        return State(params, optimizer.init(params))
+
+    def gradient(params: Any, batch: Any) -> Any:
+        if groups > 1:
+            return cg.micro_batch_grads(loss_fn, groups)(params, batch)
+        return jax.grad(lambda p: jax.vmap(loss_fn, in_axes=(None, 0))(p, batch).mean())(params)
+
+    def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array) -> State:
+        grads = gradient(state.params, (images[rows], labels[rows]))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return State(optax.apply_updates(state.params, updates), opt_state)
+
+    return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), groups * batch_size)
+
+
+def steps_per_epoch(num_examples: int, rows_per_step: int, batch_size: int) -> int:
+    """Steps of an epoch, in which every method sees the same number of examples."""
+    return num_examples // (EPOCH_UNIT * batch_size) * EPOCH_UNIT * batch_size // rows_per_step
+
+
+def epoch_rows(
+    key: jax.Array, epoch: int, num_examples: int, rows_per_step: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """The rows of each step of an epoch (counted from 0), in an order of its own; the odd few are left out."""
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))
+    for step in range(steps_per_epoch(num_examples, rows_per_step, batch_size)):
+        yield order[step * rows_per_step : (step + 1) * rows_per_step]
+
+
+def predict(model: nn.Module, params: Any, images: jax.Array, batch_size: int) -> np.ndarray:
+    """Predicted classes [m]; the last batch overlaps the one before, so that one shape compiles."""
+    size, parts, classes = images.shape[0], [], predictor(model)
+    batch_size = min(batch_size, size)
+    out = np.empty(size, np.int32)
+    for start in range(0, size, batch_size):
+        start = min(start, size - batch_size)
+        parts.append((start, classes(params, jax.lax.dynamic_slice_in_dim(images, start, batch_size))))
+    for start, part in parts:
+        out[start : start + batch_size] = part
+    return out
