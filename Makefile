@@ -17,7 +17,7 @@ lint: .venv/stamp
 	$(BIN)/ruff format --check .
 
 types: .venv/stamp
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json

@@ -65,7 +65,8 @@ def sides(case: Case) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = {"num_params": count, "batch_times_params_mb": case.batch_size * count * 4 / 1e6}
     for name, program in compiled.items():
-        sizes[f"{name}_temp_mb"] = program.memory_analysis().temp_size_in_bytes / 1e6
+        memory = program.memory_analysis()
+        sizes[f"{name}_temp_mb"] = float("nan") if memory is None else memory.temp_size_in_bytes / 1e6
     runs = {
         name: lambda program=program: jax.block_until_ready(program(params, batch))
         for name, program in compiled.items()

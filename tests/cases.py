@@ -182,12 +182,12 @@ def _(p, x):
     return (_clipped(jnp.tanh(x @ p["v"]), p["w"]) ** 2).sum()
 
 
-@case("penalty in the loss", {"w": _normal(4, 4), "v": _normal(4, 4)}, _normal(B, 4))
+@case("penalty in the loss", {"w": 0.4 * _normal(4, 4), "v": 0.4 * _normal(4, 4)}, _normal(B, 4))  # tanh unsaturated
 def _(p, x):
     return jnp.tanh(x @ p["v"] @ p["w"]).sum() + 0.1 * (p["w"] ** 2).sum()
 
 
-@case("checkpoint, used twice", {"w": _normal(4, 4), "v": _normal(4, 4)}, _normal(B, 4))
+@case("checkpoint, used twice", {"w": 0.4 * _normal(4, 4), "v": 0.4 * _normal(4, 4)}, _normal(B, 4))  # tanh unsaturated
 def _(p, x):
     block = jax.checkpoint(lambda h: jnp.tanh(h @ p["v"]) @ p["w"])
     return block(block(x)).sum()
@@ -217,7 +217,7 @@ def _(p, x):
 
 @case("dropout by keys in the batch", {"w": _normal(6, 3)}, (_normal(B, 6), np.arange(B, dtype=np.uint32)))
 def _(p, e):
-    keep = jax.random.bernoulli(jax.random.key(e[1]), 0.5, (6,))
+    keep = jax.random.bits(jax.random.key(e[1]), (6,), jnp.uint32) % 2  # in no precision, that the oracle's is the same
     return jnp.tanh((e[0] * keep) @ p["w"]).sum()
 
 

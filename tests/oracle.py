@@ -9,10 +9,12 @@ import numpy as np
 class Statistics(NamedTuple):
     """What the library says of a batch; leaves in the order of jax.tree.leaves of the floating-point parameters."""
 
+    count: int
     losses: np.ndarray  # [B]
     sq_norms: list  # [B] for each tensor
     sum_grads: list  # [*param]
     sum_sq_norms: list  # scalars
+    summed: list  # for each tensor the largest Σ |gᵢ| of its coordinates: what rounding of sum_grads is relative to
 
 
 def is_float(leaf):
@@ -39,13 +41,19 @@ def per_example(loss_fn, params, batch):
     return np.array(losses), [np.stack(column) for column in zip(*grads, strict=True)]
 
 
-def statistics(loss_fn, params, batch, rows=None):
+def statistics(losses, grads, rows=None):
     """The statistics of the rows given (all of them if None); other rows are zero."""
-    losses, grads = per_example(loss_fn, params, batch)
     weights = np.ones(losses.size) if rows is None else np.isin(np.arange(losses.size), rows).astype(float)
     grads = [np.einsum("b...,b->b...", g, weights) for g in grads]
     sq_norms = [np.square(g).reshape(g.shape[0], -1).sum(1) for g in grads]
-    return Statistics(losses * weights, sq_norms, [g.sum(0) for g in grads], [q.sum() for q in sq_norms])
+    return Statistics(
+        count=int(weights.sum()),
+        losses=losses * weights,
+        sq_norms=sq_norms,
+        sum_grads=[g.sum(0) for g in grads],
+        sum_sq_norms=[q.sum() for q in sq_norms],
+        summed=[np.abs(g).sum(0).max() for g in grads],
+    )
 
 
 def ratios(grads):

@@ -13,64 +13,63 @@ PRECISIONS = {"float32": (jnp.float32, 1e-5), "float64": (jnp.float64, 1e-11)}
 METHODS = ("ghost", "vmap")
 
 
-def _close(got, want, tolerance):
-    """Relative to the largest entry of each tensor."""
-    for a, b in zip(got, want, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-300))
+def _close(got, want, tolerance, scales=None):
+    """Relative to the scale of each tensor, by default its largest entry."""
+    for a, b, scale in zip(got, want, scales or [np.abs(b).max() for b in want], strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * max(scale, 1e-300))
 
 
-def _poisoned(batch, rows):
-    """The batch with garbage in every row but those given."""
+def _poisoned(batch, mask):
+    """The batch with garbage in every row where the mask is False."""
 
     def leaf(x):
-        mask = np.isin(np.arange(x.shape[0]), rows).reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(mask, x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0)
+        valid = mask.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(valid, x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0)
 
     return jax.tree.map(leaf, batch)
 
 
 @pytest.fixture(scope="module")
 def wanted():
-    """The oracle's word on a case at the parameters of a precision, computed once."""
+    """The oracle's word on a case, at numbers that float32 holds, so that it serves both precisions."""
     found = {}
 
-    def statistics(name, precision, rows=None):
-        key = name, precision, rows
-        if key not in found:
-            case = cases.CASES[name]
+    def statistics(name, rows=None):
+        if name not in found:
             with jax.enable_x64(True):
-                params, batch = case.cast(PRECISIONS[precision][0])
-                params, batch = cases.Case(case.loss_fn, params, batch).cast(jnp.float64)
-                found[key] = oracle.statistics(case.loss_fn, params, batch, rows)
-        return found[key]
+                found[name] = oracle.per_example(cases.CASES[name].loss_fn, *_numbers(name, jnp.float64))
+        return oracle.statistics(*found[name], rows)
 
     return statistics
+
+
+def _numbers(name, dtype):
+    """(params, batch) of a case, rounded to float32, in `dtype`."""
+    case = cases.CASES[name]
+    return case._replace(**dict(zip(("params", "batch"), case.cast(jnp.float32), strict=True))).cast(dtype)
+
+
+def _check(moments, want, tolerance):
+    assert int(moments.count) == want.count
+    _close([moments.sum_losses], [want.losses.sum()], tolerance, [np.abs(want.losses).sum()])
+    _close(jax.tree.leaves(moments.sum_grads), want.sum_grads, tolerance, want.summed)
+    _close(jax.tree.leaves(moments.sum_sq_norms), want.sum_sq_norms, tolerance)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", cases.CASES)
 def test_sums_and_norms_are_those_of_the_oracle(name, precision, wanted):
     dtype, tolerance = PRECISIONS[precision]
-    want, masked = wanted(name, precision), wanted(name, precision, (0, 3))
+    rows = np.isin(np.arange(cases.B), (0, 3))
     with jax.enable_x64(precision == "float64"):
-        params, batch = cases.CASES[name].cast(dtype)
         loss_fn = cases.CASES[name].loss_fn
+        params, batch = _numbers(name, dtype)
         for method in METHODS:
-            moments = cg.grad_moments(loss_fn, method=method)(params, batch)
-            assert int(moments.count) == cases.B
-            _close([moments.sum_losses], [want.losses.sum()], tolerance)
-            _close(jax.tree.leaves(moments.sum_grads), want.sum_grads, tolerance)
-            _close(jax.tree.leaves(moments.sum_sq_norms), want.sum_sq_norms, tolerance)
-            norms = cg.per_example_sq_norms(loss_fn, method=method)(params, batch)
-            _close(jax.tree.leaves(norms), want.sq_norms, tolerance)
-
-            mask = jnp.isin(jnp.arange(cases.B), jnp.array([0, 3]))
-            moments = cg.grad_moments(loss_fn, method=method)(params, _poisoned(batch, (0, 3)), mask)
-            assert int(moments.count) == 2
-            _close([moments.sum_losses], [masked.losses.sum()], tolerance)
-            _close(jax.tree.leaves(moments.sum_grads), masked.sum_grads, tolerance)
-            _close(jax.tree.leaves(moments.sum_sq_norms), masked.sum_sq_norms, tolerance)
+            moments = cg.grad_moments(loss_fn, method=method)
+            _check(moments(params, batch, np.full(cases.B, True)), wanted(name), tolerance)
+            _check(moments(params, _poisoned(batch, rows), rows), wanted(name, (0, 3)), tolerance)
+        norms = cg.per_example_sq_norms(loss_fn)(params, batch)
+        _close(jax.tree.leaves(norms), wanted(name).sq_norms, tolerance)
 
 
 def test_the_oracle_agrees_with_backpropagation_by_hand():
@@ -97,7 +96,7 @@ def test_narrow_parameters_are_accumulated_in_float32(name, dtype):
     params, batch = case.cast(dtype)
     with jax.enable_x64(True):
         wide = cases.Case(case.loss_fn, params, batch).cast(jnp.float64)
-        want = oracle.statistics(case.loss_fn, *wide)
+        want = oracle.statistics(*oracle.per_example(case.loss_fn, *wide))
     error = {}
     for method in METHODS:
         moments = cg.grad_moments(case.loss_fn, method=method)(params, batch)
@@ -134,4 +133,4 @@ def test_the_sum_is_the_gradient_of_the_summed_loss(name):
     params, batch = case.cast(jnp.float32)
     moments = jax.jit(lambda p, b: cg.grad_moments(case.loss_fn)(p, b))(params, batch)
     grad = jax.grad(lambda p: jax.vmap(case.loss_fn, in_axes=(None, 0))(p, batch).sum())(params)
-    _close(jax.tree.leaves(moments.sum_grads), jax.tree.leaves(grad), 1e-5)
+    _close(jax.tree.leaves(moments.sum_grads), [np.asarray(g) for g in jax.tree.leaves(grad)], 1e-5)
