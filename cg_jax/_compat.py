@@ -1,7 +1,7 @@
 """The one module that touches JAX's internals, or looks up what changes between its releases."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,9 +59,24 @@ def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
-def is_forward_mode_error(error: TypeError) -> bool:
-    """Whether JAX refused `jvp` because the function holds a custom_vjp."""
-    return "custom_vjp" in str(error)
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    """The names of the primitives of a jaxpr, those of its inner jaxprs too."""
+    for eqn in _closed(jaxpr)[0].eqns:
+        yield eqn.primitive.name
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)):
+            if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
+                yield from _primitives(inner)
+
+
+def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
+    """Whether `jax.jvp` can do f(*primals). It refuses a custom_vjp: at once, or in a jit only when XLA's turn comes."""
+    try:
+        jaxpr = jax.make_jaxpr(lambda p, t: jax.jvp(f, p, t)[1])(primals, tangents)
+    except TypeError as error:
+        if "custom_vjp" in str(error):
+            return False
+        raise
+    return "custom_lin" not in _primitives(jaxpr)
 
 
 def is_tracer(value: Any) -> bool:

@@ -104,11 +104,9 @@ def _alignments(loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTre
     along, _ = trees.partition(direction)
     loss = checked_loss(loss_fn, rest)
     along = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), along, kept)
-    try:
-        return jax.jvp(lambda p: jax.vmap(loss, in_axes=(None, 0))(p, batch), (kept,), (along,))[1]
-    except TypeError as error:
-        if not _compat.is_forward_mode_error(error):
-            raise
+    losses = lambda p: jax.vmap(loss, in_axes=(None, 0))(p, batch)  # noqa: E731
+    if _compat.has_forward_mode(losses, (kept,), (along,)):
+        return jax.jvp(losses, (kept,), (along,))[1]
 
     def alignment(example: PyTree) -> jax.Array:
         grad = jax.tree.map(lambda leaf: leaf[None], jax.grad(loss)(kept, example))

@@ -20,7 +20,7 @@ properties = settings(deadline=None, max_examples=60)
 
 def _moments(grads):
     """The moments of gradients [m, P], or of a tree of them, as one producer would make them."""
-    tree = jax.tree.map(np.asarray, grads)
+    tree = grads if isinstance(grads, dict) else np.asarray(grads)
     m = jax.tree.leaves(tree)[0].shape[0]
     return cg.GradMoments(
         jnp.asarray(m, jnp.int32),

@@ -24,7 +24,7 @@ def test_gradients_and_alignments_are_those_of_the_oracle(name):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
 
         mean = jax.tree.map(lambda g: g.mean(0), got)
-        aligned = cg.alignments(case.loss_fn)(params, batch, mean)
+        aligned = np.asarray(cg.alignments(case.loss_fn)(params, batch, mean))
     flat = np.concatenate([g.reshape(len(losses), -1) for g in want], 1)
     np.testing.assert_allclose(aligned, flat @ flat.mean(0), rtol=1e-10, atol=1e-12 * np.square(flat).sum())
     np.testing.assert_allclose(np.mean(aligned), np.square(flat.mean(0)).sum(), rtol=1e-10)
