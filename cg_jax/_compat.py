@@ -69,7 +69,7 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
 
 
 def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
-    """Whether `jax.jvp` can do f(*primals). It refuses a custom_vjp: at once, or in a jit only when XLA's turn comes."""
+    """Whether `jax.jvp` can do f(*primals). It refuses a custom_vjp: at once, or in a jit only when it is compiled."""
     try:
         jaxpr = jax.make_jaxpr(lambda p, t: jax.jvp(f, p, t)[1])(primals, tangents)
     except TypeError as error:
