@@ -77,6 +77,20 @@ def scalar_loss(out: PyTree) -> None:
         raise TypeError(f"Expected loss_fn to return a real floating-point scalar, got dtype {out.dtype}.")
 
 
+def something_to_differentiate(kept: PyTree) -> None:
+    """ValueError if there is no leaf among the differentiable leaves of params."""
+    if not jax.tree.leaves(kept):
+        raise ValueError(
+            "Expected params to hold at least one floating-point array, got none; nothing to differentiate."
+        )
+
+
+def dependence(found: bool) -> None:
+    """ValueError unless it was found that the loss depends on params."""
+    if not found:
+        raise ValueError("Expected loss_fn to depend on params, but its result does not; every gradient would be zero.")
+
+
 def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
     """ValueError unless `tree` has the structure and shapes of `like`."""
     if jax.tree.structure(tree) != jax.tree.structure(like):

@@ -62,12 +62,7 @@ def _iterable_batches(data: Iterable[PyTree], batch_size: int) -> Iterator[_Batc
 
 def _batches(data: PyTree, batch_size: int) -> tuple[Iterator[_Batch], int | None]:
     """(the batches, their number where it is known)."""
-    leaves = jax.tree.leaves(data)
-    if (
-        leaves
-        and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
-        and not _is_batch_list(data)
-    ):
+    if _is_arrays(data):
         size = _validate.leading_axis("data", data)
         return _array_batches(data, size, batch_size), -(-size // batch_size)
     if not isinstance(data, Iterable):
@@ -75,9 +70,12 @@ def _batches(data: PyTree, batch_size: int) -> tuple[Iterator[_Batch], int | Non
     return _iterable_batches(data, batch_size), len(data) if isinstance(data, Sized) else None
 
 
-def _is_batch_list(data: Any) -> bool:
-    """Whether `data` is a list of batches: a list means batches, a tuple or a dict is one pytree of arrays."""
-    return isinstance(data, list)
+def _is_arrays(data: Any) -> bool:
+    """Whether `data` is a pytree of arrays; a list is none: it means batches."""
+    if isinstance(data, list | Iterator):
+        return False
+    leaves = jax.tree.leaves(data)
+    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

@@ -40,18 +40,14 @@ def example_of(batch: PyTree) -> PyTree:
 def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree) -> None:
     """ValueError unless loss_fn reads a differentiable leaf of params on the way to its result."""
     kept, rest = trees.partition(params)
-    if not jax.tree.leaves(kept):
-        raise ValueError(
-            "Expected params to hold at least one floating-point array, got none; nothing to differentiate."
-        )
+    _validate.something_to_differentiate(kept)
     jaxpr = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example_of(batch)).jaxpr
     reached = set(jaxpr.invars[: len(jax.tree.leaves(kept))])
     for eqn in jaxpr.eqns:
         if any(not _compat.is_literal(atom) and atom in reached for atom in eqn.invars):
             reached.update(eqn.outvars)
     (out,) = jaxpr.outvars
-    if _compat.is_literal(out) or out not in reached:
-        raise ValueError("Expected loss_fn to depend on params, but its result does not; every gradient would be zero.")
+    _validate.dependence(not _compat.is_literal(out) and out in reached)
 
 
 def losses_and_grads(loss_fn: LossFn, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:

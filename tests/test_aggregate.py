@@ -67,10 +67,11 @@ def test_consecutive_takes_a_step_at_every_kth_call(k, name):
     state, inner_state = optimizer.init(PARAMS), inner.init(PARAMS)
     gradients = _gradients(3 * k)
     for i, gradient in enumerate(gradients):
+        before = state.inner_state
         updates, state = update(gradient, state)
         if (i + 1) % k:
             assert _zero(updates)
-            jax.tree.map(np.testing.assert_array_equal, state.inner_state, inner_state)
+            jax.tree.map(np.testing.assert_array_equal, state.inner_state, before)
         else:
             aggregate = _rule_of(reduce, gradients[i + 1 - k : i + 1])
             want, inner_state = inner.update(aggregate, inner_state)
@@ -94,9 +95,9 @@ def test_rolling_is_the_rule_over_the_last_k_and_passes_through_before(k, name):
 
 
 def _temporary_bytes(transform, params):
-    """(bytes of temporaries, bytes aliased) of one jitted update whose state and gradient are donated."""
+    """(bytes of temporaries, bytes aliased) of one jitted update whose state is donated."""
     state = jax.eval_shape(transform.init, params)
-    program = jax.jit(transform.update, donate_argnums=(0, 1)).lower(params, state).compile()
+    program = jax.jit(transform.update, donate_argnums=1).lower(params, state).compile()
     found = program.memory_analysis()
     return found.temp_size_in_bytes, found.alias_size_in_bytes
 
@@ -106,10 +107,10 @@ def test_the_state_is_written_in_place(k):
     params = {"a": jax.ShapeDtypeStruct((1 << 20,), jnp.float32), "b": jax.ShapeDtypeStruct((1 << 10,), jnp.float32)}
     size = 4 * ((1 << 20) + (1 << 10))
     temporary, aliased = _temporary_bytes(cg.rolling(cg.median(), k), params)
-    assert aliased >= k * size  # k − 1 slots and the gradient
+    assert aliased >= (k - 1) * size
     assert temporary < size / 50
     temporary, aliased = _temporary_bytes(cg.consecutive(cg.median(), k, optax.sgd(0.1)), params)
-    assert aliased >= k * size
+    assert aliased >= (k - 1) * size
     assert temporary < size / 50
 
 
@@ -207,7 +208,7 @@ def test_accumulation_goes_around_what_comes_after():
 
 
 @pytest.mark.parametrize(
-    "transform, want",
+    ("transform", "want"),
     [(cg.rm3(), [1, np.nan, np.nan, np.nan, 1, 1]), (cg.m3(optax.sgd(1.0)), [0, 0, np.nan, 0, 0, -1])],
     ids=["rolling", "consecutive"],
 )

@@ -50,7 +50,7 @@ def test_it_falls_with_coherence_and_with_examples():
 
 
 @pytest.mark.parametrize(
-    "alphas, rates, changed, message",
+    ("alphas", "rates", "changed", "message"),
     [
         ([], 0.1, {}, r"Expected alphas of shape \[T\] with T >= 1, got shape \[0\]"),
         ([[0.5]], 0.1, {}, r"Expected alphas of shape \[T\] with T >= 1, got shape \[1, 1\]"),

@@ -51,7 +51,9 @@ def test_what_every_function_of_a_loss_refuses(take):
         take(lambda w, e: w * e[0] * e[1], 0.0, (BATCH, BATCH[:2]))
     with pytest.raises(ValueError, match=r"to have a leading axis, got (batch|data)\[1\] of shape \(\)"):
         take(lambda w, e: w * e[0] * e[1], 0.0, (BATCH, jnp.asarray(1.0)))
-    with pytest.raises(ValueError, match=r"Expected (batch|data) to hold at least one array, got \(\)"):
+    with pytest.raises(
+        ValueError, match=r"Expected (batch|data) to hold at least one (array|batch), got (\(\)|an empty)"
+    ):
         take(loss_fn, 0.0, ())
     with pytest.raises(TypeError, match=r"to return one scalar, the loss of ONE example .*, got shape \(2,\)"):
         take(no_scalar, 0.0, BATCH)
@@ -78,7 +80,7 @@ def test_a_mask_is_boolean_of_the_batch_size(mask):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"batch_size": 0}, r"Expected batch_size >= 1, got batch_size=0"),
         ({"batch_size": 2.5}, r"Expected batch_size to be a whole number >= 1, got batch_size=2.5"),
@@ -115,7 +117,7 @@ def test_stacked_updates_have_a_leading_axis_of_k():
         cg.stacked(cg.mean()).update({"a": jnp.zeros(2), "b": jnp.zeros(3)}, optax.EmptyState())
 
 
-@pytest.mark.parametrize("rule, name", [(cg.trimmed_mean, "trim"), (cg.winsorized_mean, "clip")])
+@pytest.mark.parametrize(("rule", "name"), [(cg.trimmed_mean, "trim"), (cg.winsorized_mean, "clip")])
 def test_values_cut_per_side_are_fewer_than_half(rule, name):
     with pytest.raises(ValueError, match=rf"Expected {name} >= 0, got {name}=-1"):
         rule(-1)

@@ -41,9 +41,9 @@ def statistics(
     """
     kept, rest = trees.partition(params)
     kept = jax.tree.map(jnp.asarray, kept)
+    _validate.something_to_differentiate(kept)
     program = capture.capture(loss_fn, kept, rest, batch)
-    if not capture.reaches_parameters(program):
-        raise ValueError("Expected loss_fn to depend on params, but its result does not; every gradient would be zero.")
+    _validate.dependence(capture.reaches_parameters(program))
     size = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.ones(size) if weights is None else weights
     if not program.is_dynamic():
