@@ -144,17 +144,30 @@ def _claim(sample: str, against: str, found: dict[float, dict[str, list[float]]]
     points = sorted(found, reverse=descending)
     if not points:
         return Claim(text, None, f"The runs have no {against} in common.")
-    holds = [min(_ratios(found[point])) > 1 for point in points]
-    until = holds.index(False) if False in holds else len(holds)
-    ratios = [float(np.mean(_ratios(found[point]))) for point in points]
+    ratios = [_ratios(found[point]) for point in points]
+    until = next((i for i, values in enumerate(ratios) if min(values) <= 1), len(points))
     side = "down to" if descending else "up to"
-    if until == 0:
-        return Claim(text, False, f"Already at {against} {points[0]:.3g} the ratio is {ratios[0]:.2f}.")
-    range_ = f"the ratio is {min(ratios[:until]):.2f} to {max(ratios[:until]):.2f}"
     if until == len(points):
-        return Claim(text, True, f"From {points[0]:.3g} {side} {points[-1]:.3g} {range_}.")
-    tail = f"At {points[until]:.3g} it is {ratios[until]:.2f}, later {min(ratios[until:]):.2f} at the least"
-    return Claim(text, False, f"It holds from {points[0]:.3g} {side} {points[until - 1]:.3g}, where {range_}. {tail}.")
+        return Claim(text, True, f"From {points[0]:.3g} {side} {points[-1]:.3g} {_range(ratios)}.")
+    fails = f"at {points[until]:.3g} it fails in {_failing(ratios[until])}"
+    rest = f"From there on the mean ratio is {min(map(np.mean, ratios[until:])):.2f} at the least"
+    if until == 0:
+        return Claim(text, False, f"Already {fails}. {rest}.")
+    holds = (
+        f"It holds in every seed from {points[0]:.3g} {side} {points[until - 1]:.3g}, where {_range(ratios[:until])}"
+    )
+    return Claim(text, False, f"{holds}; {fails}. {rest}.")
+
+
+def _range(ratios: list[list[float]]) -> str:
+    means = [float(np.mean(values)) for values in ratios]
+    return f"the mean ratio is {min(means):.2f} to {max(means):.2f}"
+
+
+def _failing(values: list[float]) -> str:
+    number = sum(value <= 1 for value in values)
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return f"{number} of {len(values)} seed(s) (ratio {low if low == high else f'{low} to {high}'})"
 
 
 def _start(rows: list[Row], sample: str) -> Claim:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _compat, trees
+from cg_jax import _compat, _validate, trees
 from cg_jax.ghost import capture, plan
 from cg_jax.ghost.capture import Program, Site, evaluate, read_all
 from cg_jax.ghost.plan import GroupPlan, RulePlan
