@@ -79,6 +79,15 @@ def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
     return "custom_lin" not in _primitives(jaxpr)
 
 
+def has_reverse_mode(f: Any, *operands: Any) -> bool:
+    """Whether `f`, which differentiates, can be traced; JAX refuses some primitives in reverse mode (a while loop)."""
+    try:
+        jax.eval_shape(f, *operands)
+    except (ValueError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
 def is_tracer(value: Any) -> bool:
     """Whether `value` stands for an array inside a traced function."""
     return isinstance(value, Tracer)

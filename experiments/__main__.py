@@ -44,6 +44,7 @@ def run(config: Any, parts: tuple[Config, ...], out: Path, title: str) -> int:
         try:
             module.measure(part, folder)  # type: ignore[arg-type]
         except KeyboardInterrupt:
+            print("Interrupted: the report is of what was measured until now.", file=sys.stderr)
             interrupted, status = True, 130
         except FloatingPointError as error:
             print(f"Training diverged: {error}", file=sys.stderr)

@@ -234,3 +234,22 @@ def _(p, x):
 @case("concatenated parameters", {"a": _normal(3, 2), "b": _normal(3, 4)}, _normal(B, 3))
 def _(p, x):
     return jnp.tanh(x @ jnp.concatenate([p["a"], p["b"]], 1)).sum() ** 2
+
+
+@case("complex on the way", {"w": _normal(4, 4), "v": _normal(4)}, _normal(B, 4))
+def _(p, x):
+    return jnp.abs(jnp.exp(1j * p["w"]) @ x).sum() + x @ p["v"]
+
+
+@case("Fourier transform of a product", {"w": _normal(4, 4)}, _normal(B, 4))
+def _(p, x):
+    return jnp.abs(jnp.fft.fft(x @ p["w"])[1]) ** 2
+
+
+@case("a loop that has no reverse mode", {"w": _normal(4, 4), "v": _normal(4)}, _normal(B, 4))
+def _(p, x):
+    def shrink(h):
+        return 0.3 * jnp.tanh(h @ p["w"])
+
+    small = lax.while_loop(lambda h: jnp.abs(h).sum() > 1, shrink, x)
+    return lax.stop_gradient(small) @ p["v"] + jnp.tanh(p["w"] @ x).sum()

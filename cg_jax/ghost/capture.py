@@ -30,7 +30,7 @@ class Site:
     eqn: Any
     views: tuple[int, ...]  # positions of the operands that carry a gradient to a parameter
     dynamic: tuple[int, ...]  # positions of the operands that depend on the example
-    taps: tuple[int, ...]  # positions of the floating-point outputs
+    taps: tuple[int, ...]  # positions of the outputs that have a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,9 @@ def _needed(eqns: Sequence[Any], output: Any) -> list[Any]:
     return kept[::-1]
 
 
-def _is_float(var: Any) -> bool:
-    return jnp.issubdtype(var.aval.dtype, jnp.floating)
+def _has_gradient(var: Any) -> bool:
+    """Whether a value is real or complex; a complex one may stand on the way from a parameter to the loss."""
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
 def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, batch: PyTree) -> Program:
@@ -107,11 +108,11 @@ def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, batch: PyTree) -> Progr
         if not moving and not eqn.effects:
             static.append(eqn)
             touched = frozenset().union(*(reach[operands[i]] for i in views))
-            reach.update((out, touched) for out in eqn.outvars if touched and _is_float(out))
+            reach.update((out, touched) for out in eqn.outvars if touched and _has_gradient(out))
             continue
         varying.update(eqn.outvars)
         if views:
-            taps = tuple(i for i, out in enumerate(eqn.outvars) if _is_float(out))
+            taps = tuple(i for i, out in enumerate(eqn.outvars) if _has_gradient(out))
             sites[len(dynamic)] = Site(eqn, views, moving, taps)
         dynamic.append(eqn)
     return Program(

@@ -57,8 +57,14 @@ def statistics(
     todo = plan.make_plan(program)
     for tensor in todo.rules:
         made[tensor.parameter] = _by_rule(program, env, tensor, traces)
+    loss = checked_loss(loss_fn, rest)
     for group in todo.groups:
-        made.update(_by_instances(program, env, group, traces))
+        gradient = _instance(program, env, group)
+        operands: Any = {index: traces[index] for index, _ in group.sites}
+        if not _compat.has_reverse_mode(gradient, jax.tree.map(lambda leaf: leaf[0], operands)):
+            gradient, operands = _whole_gradient(loss, leaves, structure, group), (batch, weights)
+        yields = _accumulate(gradient, operands, plan.group_chunk(program, group))
+        made.update(zip(group.parameters, zip(*yields, strict=True), strict=True))
     for i, leaf in enumerate(leaves):
         dtype = trees.accumulator_dtype(leaf.dtype)
         made.setdefault(i, (jnp.zeros(size, dtype), jnp.zeros(leaf.shape, dtype)))
@@ -177,8 +183,8 @@ def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangen
     return pull(widen(cotangent))[0]
 
 
-def _by_instances(program: Program, env: dict[Any, Any], group: GroupPlan, traces: Traces) -> dict[int, Yield]:
-    """Tensors whose gradients are built, a chunk of examples at a time."""
+def _instance(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
+    """The function of what the sites saw of one example → its gradients with respect to the group's tensors."""
     parameters = [program.parameters[i] for i in group.parameters]
     views = list({program.sites[index].eqn.invars[i]: None for index, positions in group.sites for i in positions})
 
@@ -197,9 +203,27 @@ def _by_instances(program: Program, env: dict[Any, Any], group: GroupPlan, trace
                 total[site.eqn.invars[position]] += part
         return trees.accumulate(to_parameters([total[view] for view in views])[0])
 
-    chunk = plan.group_chunk(program, group)
-    sq_norms, sums = _accumulate(gradient, {index: traces[index] for index, _ in group.sites}, chunk)
-    return dict(zip(group.parameters, zip(sq_norms, sums, strict=True), strict=True))
+    return gradient
+
+
+def _whole_gradient(
+    loss: LossFn, leaves: list[jax.Array], structure: Any, group: GroupPlan
+) -> Callable[[Any], list[jax.Array]]:
+    """The function (example, weight) → its gradients with respect to the group's tensors, by the whole loss."""
+
+    def gradient(row: tuple[PyTree, jax.Array]) -> list[jax.Array]:
+        example, weight = row
+
+        def weighted(values: list[jax.Array]) -> jax.Array:
+            filled = list(leaves)
+            for place, value in zip(group.parameters, values, strict=True):
+                filled[place] = value
+            value = loss(jax.tree.unflatten(structure, filled), example)
+            return value * weight.astype(value.dtype)
+
+        return trees.accumulate(jax.grad(weighted)([leaves[i] for i in group.parameters]))
+
+    return gradient
 
 
 def _site_gradients(

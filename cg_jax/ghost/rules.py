@@ -174,6 +174,7 @@ NORMS: dict[str, Callable[[Any, int], Norm | None]] = {
 
 
 def rule_for(eqn: Any, view: int) -> Product | Norm | None:
-    """The rule for a parameter at operand `view` of an equation, if there is one."""
+    """The rule for a parameter at operand `view` of an equation, if there is one; for real numbers."""
     builder = PRODUCTS.get(eqn.primitive.name) or NORMS.get(eqn.primitive.name)
-    return None if builder is None else builder(eqn, view)
+    is_complex = any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in (*eqn.invars, *eqn.outvars))
+    return None if builder is None or is_complex else builder(eqn, view)
