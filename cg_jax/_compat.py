@@ -1,8 +1,8 @@
 """The one module that touches JAX's internals, or looks up what changes between its releases."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -11,7 +11,17 @@ from jax.extend import core
 # Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp
 # calls are not among them: their rules must be respected.
 _INLINABLE = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-_REMATERIALISED = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
+_REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
+
+
+class Body(NamedTuple):
+    """The body of a scan or of a checkpoint: f(constants, carry, slices) → (carry, slices)."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    num_consts: int
+    num_carry: int
+    length: int | None  # None: a checkpoint, which runs once and has constants only
 
 
 def is_literal(atom: Any) -> bool:
@@ -28,8 +38,24 @@ def _closed(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def inner_jaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     """(body, constants) of a call that may be evaluated in place, else None."""
-    key = _INLINABLE.get(eqn.primitive.name) or _REMATERIALISED.get(eqn.primitive.name)
+    key = _INLINABLE.get(eqn.primitive.name)
     return None if key is None else _closed(eqn.params[key])
+
+
+def body_of(eqn: Any) -> Body | None:
+    """The body of a scan or a checkpoint, else None."""
+    if eqn.primitive.name == "scan":
+        return Body(
+            *_closed(eqn.params["jaxpr"]), eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
+        )
+    if eqn.primitive.name in _REMATERIALISED and not eqn.params.get("differentiated"):
+        return Body(*_closed(eqn.params["jaxpr"]), len(eqn.invars), 0, None)
+    return None
+
+
+def checkpoint_like(eqn: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f`, rematerialised in the way that the checkpoint `eqn` was."""
+    return jax.checkpoint(f, prevent_cse=eqn.params.get("prevent_cse", True), policy=eqn.params.get("policy"))
 
 
 def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:

@@ -3,11 +3,14 @@
 A value is *static* when it follows from parameters and constants alone, else *dynamic* (it depends on the example). An
 equation with a static operand that carries a gradient to a parameter, and with a dynamic result, is a `Site`. Its
 static operands are *views* of the parameters: computed once, outside the batch.
+
+The body of a scan or of a checkpoint is a program too (`Nested`), whose parameters are the views that the equation is
+given. What does not fit, a parameter in the carry for one, stays one opaque site.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +19,6 @@ from cg_jax import _compat
 from cg_jax.per_example import LossFn, checked_loss, example_of
 
 PyTree = Any
-
-# Rearrangements: every entry of the operand stands exactly once in the result, so that norms pass through.
-_ISOMETRIES = frozenset(
-    {"reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p", "convert_element_type"}
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,73 +32,120 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
+class Nested:
+    """A scan or a checkpoint with sites in its body, whose parameters are operands of the equation."""
+
+    eqn: Any
+    call: _compat.Body
+    body: "Program"
+    operands: dict[Any, Any]  # variable of the body → variable or literal of the outer program, of all that is static
+
+    def is_slice(self, var: Any) -> bool:
+        """Whether a parameter of the body is a slice of its operand, another one in every step."""
+        return self.call.length is not None and var in self.slices
+
+    @property
+    def slices(self) -> tuple[Any, ...]:
+        """The body's variables that stand for slices."""
+        return self.body.all_inputs[self.call.num_consts + self.call.num_carry :]
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
-    """The loss of one example as one flat list of equations, static ones apart."""
+    """A function as one flat list of equations, static ones apart."""
 
     constants: dict[Any, Any]
-    parameters: tuple[Any, ...]  # variables of the differentiable leaves
-    inputs: tuple[Any, ...]  # variables of the example's leaves
+    all_inputs: tuple[Any, ...]
+    parameters: tuple[Any, ...]  # variables that gradients are wanted of
+    inputs: tuple[Any, ...]  # variables that depend on the example
     static: tuple[Any, ...]  # equations to evaluate once
     dynamic: tuple[Any, ...]  # equations to evaluate for each example
-    sites: dict[int, Site]  # index into `dynamic` → site
+    sites: dict[int, Site | Nested]  # index into `dynamic` → what is there
     reach: dict[Any, frozenset[int]]  # static variable → parameters that its gradient reaches
-    output: Any
+    outputs: tuple[Any, ...]
 
     def is_dynamic(self) -> bool:
-        """Whether the loss depends on the example; if not, it is the same for all."""
-        return bool(self.dynamic) and any(self.output in eqn.outvars for eqn in self.dynamic)
+        """Whether the (one) result depends on the example; if not, it is the same for all."""
+        return any(self.outputs[0] in eqn.outvars for eqn in self.dynamic)
 
-    def reads(self, site: Site) -> list[Any]:
-        """The variables of a site's views."""
-        return [site.eqn.invars[i] for i in site.views]
+
+class Use(NamedTuple):
+    """A site and where it stands."""
+
+    key: tuple[int, ...]  # index into Program.dynamic, and into that of the nested body
+    site: Site
+    nested: Nested | None
+
+    def variables(self, position: int) -> frozenset[Any]:
+        """The outermost program's variables that the operand at `position` is a view of."""
+        var = self.site.eqn.invars[position]
+        if self.nested is None:
+            return frozenset({var})
+        body = self.nested.body
+        return frozenset(self.nested.operands[body.parameters[i]] for i in body.reach[var])
+
+
+def uses_of(program: Program) -> Iterator[Use]:
+    """All sites, those in bodies too, in order."""
+    for index, found in program.sites.items():
+        if isinstance(found, Site):
+            yield Use((index,), found, None)
+        else:
+            for inner, site in found.body.sites.items():
+                assert isinstance(site, Site)  # one level deep
+                yield Use((index, inner), site, found)
 
 
 def _inline(jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
     """Evaluate `jaxpr`, nested calls in place: traced anew, it yields one flat list of equations."""
     env = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, operands, strict=True))
 
-    def read(atom: Any) -> Any:
-        return atom.val if _compat.is_literal(atom) else env[atom]
-
     for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
+        values = read_all(eqn.invars, env)
         inner = _compat.inner_jaxpr(eqn)
         with _compat.keep_source(eqn):
             outs = _compat.bind(eqn, values) if inner is None else _inline(*inner, values)
         env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return read_all(jaxpr.outvars, env)
 
 
-def _needed(eqns: Sequence[Any], output: Any) -> list[Any]:
-    """The equations that the output or a side effect needs, in order."""
-    wanted, kept = {output}, []
-    for eqn in reversed(eqns):
+def _flat(jaxpr: Any, constants: Sequence[Any]) -> Any:
+    """`jaxpr`, closed, without nested calls."""
+    like = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands))(*like)
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """The equations that an output or a side effect needs, in order."""
+    wanted, kept = {out for out in jaxpr.outvars if not _compat.is_literal(out)}, []
+    for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(out in wanted for out in eqn.outvars):
             kept.append(eqn)
             wanted.update(atom for atom in eqn.invars if not _compat.is_literal(atom))
     return kept[::-1]
 
 
-def _has_gradient(var: Any) -> bool:
+def has_gradient(var: Any) -> bool:
     """Whether a value is real or complex; a complex one may stand on the way from a parameter to the loss."""
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
 def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, batch: PyTree) -> Program:
     """Trace loss_fn at the differentiable leaves `kept` and one example of `batch`."""
-    example = example_of(batch)
-    closed = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example)
-    leaves = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
-    closed = jax.make_jaxpr(lambda *operands: _inline(closed.jaxpr, closed.consts, operands))(*leaves)
-    jaxpr = closed.jaxpr
+    closed = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example_of(batch))
+    flat = _flat(closed.jaxpr, closed.consts)
     split = len(jax.tree.leaves(kept))
-    parameters, inputs = jaxpr.invars[:split], jaxpr.invars[split:]
-    (output,) = jaxpr.outvars
+    return _classify(flat, flat.jaxpr.invars[:split], flat.jaxpr.invars[split:], nest=True)
 
+
+def _classify(flat: Any, parameters: Sequence[Any], inputs: Sequence[Any], nest: bool) -> Program:
+    """Sort the equations of a flat jaxpr; with `nest`, look into the bodies of scans and checkpoints."""
     reach: dict[Any, frozenset[int]] = {var: frozenset({i}) for i, var in enumerate(parameters)}
     varying = set(inputs)
-    static, dynamic, sites = [], [], {}
-    for eqn in [] if _compat.is_literal(output) else _needed(jaxpr.eqns, output):
+    static: list[Any] = []
+    dynamic: list[Any] = []
+    sites: dict[int, Site | Nested] = {}
+    for eqn in _needed(flat.jaxpr):
         operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
         views = tuple(i for i, var in enumerate(operands) if reach.get(var))
         moving = tuple(i for i, var in enumerate(operands) if var in varying)
@@ -108,28 +153,58 @@ def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, batch: PyTree) -> Progr
         if not moving and not eqn.effects:
             static.append(eqn)
             touched = frozenset().union(*(reach[operands[i]] for i in views))
-            reach.update((out, touched) for out in eqn.outvars if touched and _has_gradient(out))
+            reach.update((out, touched) for out in eqn.outvars if touched and has_gradient(out))
             continue
         varying.update(eqn.outvars)
         if views:
-            taps = tuple(i for i, out in enumerate(eqn.outvars) if _has_gradient(out))
-            sites[len(dynamic)] = Site(eqn, views, moving, taps)
+            taps = tuple(i for i, out in enumerate(eqn.outvars) if has_gradient(out))
+            nested = _nested(eqn, views, moving) if nest else None
+            sites[len(dynamic)] = nested or Site(eqn, views, moving, taps)
         dynamic.append(eqn)
     return Program(
-        constants=dict(zip(jaxpr.constvars, closed.consts, strict=True)),
+        constants=dict(zip(flat.jaxpr.constvars, flat.consts, strict=True)),
+        all_inputs=tuple(flat.jaxpr.invars),
         parameters=tuple(parameters),
         inputs=tuple(inputs),
         static=tuple(static),
         dynamic=tuple(dynamic),
         sites=sites,
         reach=reach,
-        output=output,
+        outputs=tuple(flat.jaxpr.outvars),
     )
+
+
+def _nested(eqn: Any, views: tuple[int, ...], moving: tuple[int, ...]) -> Nested | None:
+    """The body of a scan or checkpoint as a program; None where its sites cannot be told from the equation as a whole.
+
+    That is so when a parameter is in the carry, or when a result hangs on parameters alone.
+    """
+    call = _compat.body_of(eqn)
+    if call is None or eqn.effects:
+        return None
+    carry = range(call.num_consts, call.num_consts + call.num_carry)
+    if set(views) & set(carry):
+        return None
+    flat = _flat(call.jaxpr, call.consts)
+    variables = flat.jaxpr.invars
+    # What is carried is another in every step, so it is never static, even where it is the same for all examples.
+    inputs = [var for i, var in enumerate(variables) if i in moving or i in carry]
+    body = _classify(flat, [variables[i] for i in views], inputs, nest=False)
+    if not body.sites or any(body.reach.get(out) for out in body.outputs if is_var(out)):
+        return None
+    operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in moving and i not in carry}
+    return Nested(eqn, call, body, operands)
+
+
+def is_var(atom: Any) -> bool:
+    """Whether an operand is a variable."""
+    return not _compat.is_literal(atom)
 
 
 def reaches_parameters(program: Program) -> bool:
     """Whether any gradient flows from the loss to a parameter."""
-    return bool(program.sites) or bool(program.reach.get(program.output))
+    (output,) = program.outputs
+    return bool(program.sites) or (is_var(output) and bool(program.reach.get(output)))
 
 
 def evaluate(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
@@ -141,38 +216,3 @@ def evaluate(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
 def read_all(atoms: Sequence[Any], env: dict[Any, Any]) -> list[Any]:
     """The values of the operands of an equation."""
     return [atom.val if _compat.is_literal(atom) else env[atom] for atom in atoms]
-
-
-def isometric_view(program: Program, view: Any) -> list[Any] | None:
-    """The equations that rearrange one parameter into `view`, entry by entry, in order; None if there is more to it."""
-    if view in program.parameters:
-        return []
-    for eqn in program.static:
-        if view in eqn.outvars:
-            rearranges = eqn.primitive.name in _ISOMETRIES or _keeps_size(eqn)
-            source = eqn.invars[0]
-            before = isometric_view(program, source) if rearranges and source in program.reach else None
-            return None if before is None else [*before, eqn]
-    return None
-
-
-def _keeps_size(eqn: Any) -> bool:
-    """Whether a broadcast only adds axes of length one."""
-    return eqn.primitive.name == "broadcast_in_dim" and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
-
-
-def undo_view(eqns: Sequence[Any], parameter: Any, view: Any, cotangent: jax.Array) -> jax.Array:
-    """A gradient with respect to an isometric view, as one with respect to the parameter, in the cotangent's dtype."""
-
-    def rearrange(value: jax.Array) -> jax.Array:
-        env = {parameter: value}
-        for eqn in eqns:
-            operand = env[eqn.invars[0]]
-            # A cast would round what was accumulated in a wider dtype.
-            casts = eqn.primitive.name == "convert_element_type"
-            env[eqn.outvars[0]] = operand if casts else _compat.bind(eqn, [operand, *eqn.invars[1:]])[0]
-        return env[view]
-
-    like = jax.ShapeDtypeStruct(parameter.aval.shape, cotangent.dtype)
-    (out,) = jax.linear_transpose(rearrange, like)(cotangent)
-    return out

@@ -9,27 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, _validate, trees
-from cg_jax.ghost import capture, plan
-from cg_jax.ghost.capture import Program, Site, evaluate, read_all
-from cg_jax.ghost.plan import GroupPlan, RulePlan
+from cg_jax.ghost import capture, instances, plan, views
+from cg_jax.ghost.backward import Traces, backward
+from cg_jax.ghost.capture import Program, Site, evaluate
+from cg_jax.ghost.plan import RulePlan
 from cg_jax.ghost.rules import Product
 from cg_jax.per_example import LossFn, checked_loss
 
 PyTree = Any
 # For one tensor: squared norms [B], and the sum over the batch.
 Yield = tuple[jax.Array, jax.Array]
-# For each site: its dynamic operands, and the cotangents of its floating-point outputs, all [B, ...].
-Traces = dict[int, tuple[list[jax.Array], list[jax.Array]]]
-
-
-@jax.custom_vjp
-def _tap(value: jax.Array, tap: jax.Array) -> jax.Array:
-    """`value`; its cotangent is also that of `tap`. Nothing is added, so that nothing is paid for."""
-    del tap
-    return value
-
-
-_tap.defvjp(lambda value, tap: (value, None), lambda _, cotangent: (cotangent, cotangent))
 
 
 def statistics(
@@ -46,23 +35,23 @@ def statistics(
     _validate.dependence(capture.reaches_parameters(program))
     size = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.ones(size) if weights is None else weights
+    loss = checked_loss(loss_fn, rest)
     if not program.is_dynamic():
-        return _same_for_all(checked_loss(loss_fn, rest), kept, batch, weights)
+        return _same_for_all(loss, kept, batch, weights)
     leaves, structure = jax.tree.flatten(kept)
     env = program.constants | dict(zip(program.parameters, leaves, strict=True))
     evaluate(program.static, env)
-    losses, traces = _backward(program, env, jax.tree.leaves(batch), weights)
+    losses, traces = backward(program, env, jax.tree.leaves(batch), weights)
 
     made: dict[int, Yield] = {}
     todo = plan.make_plan(program)
     for tensor in todo.rules:
         made[tensor.parameter] = _by_rule(program, env, tensor, traces)
-    loss = checked_loss(loss_fn, rest)
     for group in todo.groups:
-        gradient = _instance(program, env, group)
-        operands: Any = {index: traces[index] for index, _ in group.sites}
+        gradient: Callable[[Any], PyTree] = instances.by_sites(program, env, group)
+        operands: Any = [traces[use.key] for use, _ in group.uses]
         if not _compat.has_reverse_mode(gradient, jax.tree.map(lambda leaf: leaf[0], operands)):
-            gradient, operands = _whole_gradient(loss, leaves, structure, group), (batch, weights)
+            gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), (batch, weights)
         yields = _accumulate(gradient, operands, plan.group_chunk(program, group))
         made.update(zip(group.parameters, zip(*yields, strict=True), strict=True))
     for i, leaf in enumerate(leaves):
@@ -81,38 +70,10 @@ def _same_for_all(loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array)
     return jnp.full(weights.shape, value), sq_norms, sums
 
 
-def _backward(
-    program: Program, env: dict[Any, Any], examples: list[jax.Array], weights: jax.Array
-) -> tuple[jax.Array, Traces]:
-    """(losses, what every site saw): the cotangents of Σ wᵢ ℓᵢ at every site's outputs."""
-    size = weights.shape[0]
-    taps = {
-        index: [jnp.zeros((size, *site.eqn.outvars[k].aval.shape), site.eqn.outvars[k].aval.dtype) for k in site.taps]
-        for index, site in program.sites.items()
-    }
-
-    def one(taps: dict[int, list[jax.Array]], example: list[jax.Array]) -> tuple[jax.Array, dict[int, list[jax.Array]]]:
-        local, seen = env | dict(zip(program.inputs, example, strict=True)), {}
-        for index, eqn in enumerate(program.dynamic):
-            operands = read_all(eqn.invars, local)
-            outs = _compat.bind(eqn, operands)
-            if index in taps:
-                site = program.sites[index]
-                seen[index] = [operands[i] for i in site.dynamic]
-                for k, tap in zip(site.taps, taps[index], strict=True):
-                    outs[k] = _tap(outs[k], tap)
-            local.update(zip(eqn.outvars, outs, strict=True))
-        return local[program.output], seen
-
-    losses, pull, seen = jax.vjp(lambda taps: jax.vmap(one)(taps, examples), taps, has_aux=True)
-    (cotangents,) = pull(weights.astype(losses.dtype))
-    return losses, {index: (seen[index], cotangents[index]) for index in program.sites}
-
-
 def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces) -> Yield:
     """A tensor whose one use has a rule."""
-    site = program.sites[tensor.site]
-    operands, (cotangent,) = traces[tensor.site]
+    site = tensor.use.site
+    operands, (cotangent,) = traces[tensor.use.key]
     dtype = trees.accumulator_dtype(tensor.view.aval.dtype)
     if isinstance(tensor.rule, Product):
         sq_norms, total = _by_product(tensor.rule, operands[0], cotangent, dtype)
@@ -122,7 +83,7 @@ def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
         sq_norms = jax.vmap(tensor.rule.sq_norm)(operands, cotangent.astype(dtype))
         total = _sum_by_vjp(site, env, operands, cotangent, dtype)
     parameter = program.parameters[tensor.parameter]
-    total = capture.undo_view(tensor.rearranged_by, parameter, tensor.view, total)
+    total = views.undo_view(tensor.rearranged_by, parameter, tensor.view, total)
     out_dtype = trees.accumulator_dtype(parameter.aval.dtype)
     return sq_norms.astype(out_dtype), total.astype(out_dtype)
 
@@ -155,14 +116,6 @@ def _last_axis_sq_norms(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(trees.accumulator_dtype(x.dtype))).sum(-1)
 
 
-def _operands(site: Site, env: dict[Any, Any], example: list[jax.Array]) -> list[Any]:
-    """All operands of a site for one example: the static ones from `env`."""
-    values = [atom.val if _compat.is_literal(atom) else env.get(atom) for atom in site.eqn.invars]
-    for position, value in zip(site.dynamic, example, strict=True):
-        values[position] = value
-    return values
-
-
 def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangent: jax.Array, dtype: Any) -> jax.Array:
     """Σ over the batch of the gradients of a site's one view, as an ordinary backward pass forms it, in `dtype`."""
     (position,) = site.views
@@ -173,7 +126,7 @@ def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangen
 
     def outputs(view: jax.Array) -> jax.Array:
         def one(example: list[jax.Array]) -> jax.Array:
-            values = _operands(site, env, example)
+            values = instances.operands_of(site, env, example)
             values[position] = view
             return _compat.bind(site.eqn, values, **changed)[0]
 
@@ -181,66 +134,6 @@ def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangen
 
     _, pull = jax.vjp(outputs, widen(env[site.eqn.invars[position]]))
     return pull(widen(cotangent))[0]
-
-
-def _instance(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
-    """The function of what the sites saw of one example → its gradients with respect to the group's tensors."""
-    parameters = [program.parameters[i] for i in group.parameters]
-    views = list({program.sites[index].eqn.invars[i]: None for index, positions in group.sites for i in positions})
-
-    def view_values(values: list[jax.Array]) -> list[jax.Array]:
-        local = env | dict(zip(parameters, values, strict=True))
-        evaluate(program.static, local)
-        return [local[view] for view in views]
-
-    _, to_parameters = jax.vjp(view_values, [env[parameter] for parameter in parameters])
-
-    def gradient(example: dict[int, tuple[list[jax.Array], list[jax.Array]]]) -> list[jax.Array]:
-        total = {view: jnp.zeros(view.aval.shape, view.aval.dtype) for view in views}
-        for index, positions in group.sites:
-            site = program.sites[index]
-            for position, part in zip(positions, _site_gradients(site, env, positions, *example[index]), strict=True):
-                total[site.eqn.invars[position]] += part
-        return trees.accumulate(to_parameters([total[view] for view in views])[0])
-
-    return gradient
-
-
-def _whole_gradient(
-    loss: LossFn, leaves: list[jax.Array], structure: Any, group: GroupPlan
-) -> Callable[[Any], list[jax.Array]]:
-    """The function (example, weight) → its gradients with respect to the group's tensors, by the whole loss."""
-
-    def gradient(row: tuple[PyTree, jax.Array]) -> list[jax.Array]:
-        example, weight = row
-
-        def weighted(values: list[jax.Array]) -> jax.Array:
-            filled = list(leaves)
-            for place, value in zip(group.parameters, values, strict=True):
-                filled[place] = value
-            value = loss(jax.tree.unflatten(structure, filled), example)
-            return value * weight.astype(value.dtype)
-
-        return trees.accumulate(jax.grad(weighted)([leaves[i] for i in group.parameters]))
-
-    return gradient
-
-
-def _site_gradients(
-    site: Site, env: dict[Any, Any], positions: tuple[int, ...], seen: list[jax.Array], cotangents: list[jax.Array]
-) -> list[jax.Array]:
-    """One example's gradients with respect to the views at `positions`, by the primitive's own vjp."""
-    values = _operands(site, env, seen)
-
-    def outputs(views: list[jax.Array]) -> list[jax.Array]:
-        filled = list(values)
-        for position, view in zip(positions, views, strict=True):
-            filled[position] = view
-        outs = _compat.bind(site.eqn, filled)
-        return [outs[k] for k in site.taps]
-
-    _, pull = jax.vjp(outputs, [values[position] for position in positions])
-    return pull(cotangents)[0]
 
 
 def _accumulate(gradient: Callable[[Any], PyTree], operands: PyTree, chunk: int) -> tuple[PyTree, PyTree]:

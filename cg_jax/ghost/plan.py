@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 from cg_jax import _compat
-from cg_jax.ghost.capture import Program, isometric_view
-from cg_jax.ghost.rules import Norm, Product, rule_for
+from cg_jax.ghost.capture import Program, Use, uses_of
+from cg_jax.ghost.rules import Norm, Product, lift, rule_for
+from cg_jax.ghost.views import isometric_view, undo_view
 
 # Bytes of per-example gradients that may exist at once. On a CPU what fits the cache is several times faster than what
 # does not; on an accelerator a chunk must be large enough to fill the device.
@@ -21,8 +22,8 @@ class RulePlan:
     """A tensor with one use, seen through rearrangements only, whose primitive has a rule."""
 
     parameter: int
-    site: int  # index into Program.dynamic
-    view: Any  # variable
+    use: Use
+    view: Any  # variable of the outermost program
     rearranged_by: tuple[Any, ...]  # equations from the parameter to the view
     rule: Product | Norm
 
@@ -35,7 +36,7 @@ class GroupPlan:
     """
 
     parameters: tuple[int, ...]
-    sites: tuple[tuple[int, tuple[int, ...]], ...]  # (index into Program.dynamic, positions of the views)
+    uses: tuple[tuple[Use, tuple[int, ...]], ...]  # (use, positions of the views)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,43 +49,62 @@ class Plan:
 
 def make_plan(program: Program) -> Plan:
     """The plan for a captured loss."""
-    uses: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(program.parameters))}
-    for index, site in program.sites.items():
-        for position in site.views:
-            for parameter in program.reach[site.eqn.invars[position]]:
-                uses[parameter].append((index, position))
-    rules = {i: plan for i, found in uses.items() if (plan := _rule_plan(program, i, found)) is not None}
-    groups = _groups(program, {i: found for i, found in uses.items() if found and i not in rules})
+    found: dict[int, list[tuple[Use, int]]] = {i: [] for i in range(len(program.parameters))}
+    for use in uses_of(program):
+        for position in use.site.views:
+            for parameter in _parameters(program, use, position):
+                found[parameter].append((use, position))
+    rules = {i: plan for i, uses in found.items() if (plan := _rule_plan(program, i, uses)) is not None}
+    groups = _groups(program, {i: uses for i, uses in found.items() if uses and i not in rules})
     return Plan(tuple(rules.values()), groups)
 
 
-def _rule_plan(program: Program, parameter: int, uses: list[tuple[int, int]]) -> RulePlan | None:
+def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:
+    """The parameters that an operand of a use is a view of."""
+    return frozenset().union(*(program.reach[var] for var in use.variables(position)))
+
+
+def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]]) -> RulePlan | None:
     if len(uses) != 1:
         return None
-    ((index, position),) = uses
-    site = program.sites[index]
-    view = site.eqn.invars[position]
+    ((use, position),) = uses
+    if len(use.site.views) != 1 or len(use.variables(position)) != 1:
+        return None
+    (view,) = use.variables(position)
     chain = isometric_view(program, view)
-    rule = rule_for(site.eqn, position) if chain is not None and len(site.views) == 1 else None
-    return None if rule is None else RulePlan(parameter, index, view, tuple(chain or ()), rule)
+    rule = _rule(use, position) if chain is not None else None
+    return None if rule is None else RulePlan(parameter, use, view, tuple(chain or ()), rule)
 
 
-def _groups(program: Program, uses: dict[int, list[tuple[int, int]]]) -> tuple[GroupPlan, ...]:
+def _rule(use: Use, position: int) -> Product | Norm | None:
+    """The rule of a use, in terms of the outermost program's variables."""
+    rule, nested = rule_for(use.site.eqn, position), use.nested
+    if rule is None or nested is None:
+        return rule
+    view = use.site.eqn.invars[position]
+    chain = isometric_view(nested.body, view)
+    if chain is None or isinstance(rule, Norm):
+        return None
+    source = chain[0].invars[0] if chain else view
+    undone = rule._replace(to_view=lambda g: undo_view(chain, source, view, rule.to_view(g)), rearranges=True)
+    return undone if nested.call.length is None else lift(undone, nested.call.length, nested.is_slice(source))
+
+
+def _groups(program: Program, found: dict[int, list[tuple[Use, int]]]) -> tuple[GroupPlan, ...]:
     """Tensors that share a view (a product of two, a concatenation) go together, all others alone."""
-    group_of = {parameter: {parameter} for parameter in uses}
-    for found in uses.values():
-        for index, position in found:
-            together = program.reach[program.sites[index].eqn.invars[position]]
-            joined = set().union(*(group_of[i] for i in together))
+    group_of = {parameter: {parameter} for parameter in found}
+    for uses in found.values():
+        for use, position in uses:
+            joined = set().union(*(group_of[i] for i in _parameters(program, use, position)))
             group_of.update(dict.fromkeys(joined, joined))
     plans = []
     for members in {id(group): group for group in group_of.values()}.values():
-        places: dict[int, set[int]] = {}
+        places: dict[tuple[int, ...], tuple[Use, set[int]]] = {}
         for parameter in members:
-            for index, position in uses[parameter]:
-                places.setdefault(index, set()).add(position)
-        sites = tuple((index, tuple(sorted(places[index]))) for index in sorted(places))
-        plans.append(GroupPlan(tuple(sorted(members)), sites))
+            for use, position in found[parameter]:
+                places.setdefault(use.key, (use, set()))[1].add(position)
+        uses = tuple((use, tuple(sorted(positions))) for _, (use, positions) in sorted(places.items()))
+        plans.append(GroupPlan(tuple(sorted(members)), uses))
     return tuple(plans)
 
 
@@ -110,7 +130,7 @@ def product_chunk(product: Product, itemsize: int) -> int:
 
 def group_chunk(program: Program, group: GroupPlan) -> int:
     """How many examples' gradients of a group are built at once."""
-    views = {program.sites[index].eqn.invars[i] for index, positions in group.sites for i in positions}
+    views = {var for use, positions in group.uses for p in positions for var in use.variables(p)}
     variables = [*views, *(program.parameters[i] for i in group.parameters)]
     size = sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in variables)
     return max(1, _GROUP_BYTES // max(size, 1))

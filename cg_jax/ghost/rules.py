@@ -28,7 +28,7 @@ class Product(NamedTuple):
     to_view: Callable[[jax.Array], jax.Array]  # G [N, D, P] → a gradient of the view's shape
     dims: tuple[int, int, int, int]  # N, T, D, P
     precision: Any
-    rearranges: bool  # whether A and B are the input and the cotangent rearranged, entry by entry
+    rearranges: bool  # whether Σ AᵀB may be formed from A and B: they are not many times the input
 
 
 def _sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
@@ -114,6 +114,28 @@ def _window(x: jax.Array, place: tuple[int, ...], positions: tuple[int, ...], pa
     stops = [s + (n - 1) * step + 1 for s, n, step in zip(starts, positions, strides, strict=True)]
     channels = x.shape[-1]
     return lax.slice(x, (0, *starts, 0), (x.shape[0], *stops, channels), (1, *strides, 1))
+
+
+def lift(product: Product, length: int, is_slice: bool) -> Product:
+    """The product of a use in the body of a scan: positions of all steps together; a slice has its own in each step."""
+    n, t, d, p = product.dims
+
+    def join(factor: jax.Array) -> jax.Array:
+        if is_slice:
+            return factor.reshape(length * n, t, -1)
+        return jnp.moveaxis(factor, 0, 1).reshape(n, length * t, -1)
+
+    def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        a, b = jax.vmap(product.factors)(x, cotangent)
+        return join(a), join(b)
+
+    if not is_slice:
+        return product._replace(factors=factors, dims=(n, length * t, d, p))
+
+    def to_view(gradient: jax.Array) -> jax.Array:
+        return jax.vmap(product.to_view)(gradient.reshape(length, n, d, p))
+
+    return product._replace(factors=factors, to_view=to_view, dims=(length * n, t, d, p))
 
 
 class Norm(NamedTuple):

@@ -1,0 +1,98 @@
+"""One forward and one backward pass over the batch that leave, for every site, what its rule needs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cg_jax import _compat
+from cg_jax.ghost.capture import Nested, Program, Site, evaluate, read_all, uses_of
+
+# For each use: its dynamic operands, and the cotangents of its outputs, all [B, ...]; [B, length, ...] in a scan.
+Traces = dict[tuple[int, ...], tuple[list[jax.Array], list[jax.Array]]]
+
+
+@jax.custom_vjp
+def _tap(value: jax.Array, tap: jax.Array) -> jax.Array:
+    """`value`; its cotangent is also that of `tap`. Nothing is added, so that nothing is paid for."""
+    del tap
+    return value
+
+
+_tap.defvjp(lambda value, tap: (value, None), lambda _, cotangent: (cotangent, cotangent))
+
+
+def backward(
+    program: Program, env: dict[Any, Any], examples: list[jax.Array], weights: jax.Array
+) -> tuple[jax.Array, Traces]:
+    """(losses [B], what every site saw): the cotangents of Σ wᵢ ℓᵢ at every site's outputs."""
+
+    def one(taps: Any, example: list[jax.Array]) -> tuple[jax.Array, Any]:
+        (loss,), seen = _run(program, env | dict(zip(program.inputs, example, strict=True)), taps)
+        return loss, seen
+
+    taps = _zero_taps(program, (weights.shape[0],))
+    losses, pull, seen = jax.vjp(lambda taps: jax.vmap(one)(taps, examples), taps, has_aux=True)
+    (cotangents,) = pull(weights.astype(losses.dtype))
+
+    def at(tree: Any, key: tuple[int, ...]) -> Any:
+        for index in key:
+            tree = tree[index]
+        return tree
+
+    return losses, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}
+
+
+def _zero_taps(program: Program, leading: tuple[int, ...]) -> dict[int, Any]:
+    """Zeros for every tapped output, by site, [*leading, *shape]."""
+    taps: dict[int, Any] = {}
+    for index, found in program.sites.items():
+        if isinstance(found, Nested):
+            length = () if found.call.length is None else (found.call.length,)
+            taps[index] = _zero_taps(found.body, leading + length)
+        else:
+            avals = [found.eqn.outvars[k].aval for k in found.taps]
+            taps[index] = [jnp.zeros((*leading, *aval.shape), aval.dtype) for aval in avals]
+    return taps
+
+
+def _run(program: Program, env: dict[Any, Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
+    """(results, what the sites saw) of a program for one example; `env` holds all that is static, and the inputs."""
+    seen: dict[int, Any] = {}
+    for index, eqn in enumerate(program.dynamic):
+        operands, found = read_all(eqn.invars, env), program.sites.get(index)
+        if isinstance(found, Nested):
+            outs, seen[index] = _run_nested(found, operands, taps[index])
+        else:
+            outs = _compat.bind(eqn, operands)
+        if isinstance(found, Site):
+            seen[index] = [operands[i] for i in found.dynamic]
+            for k, tap in zip(found.taps, taps[index], strict=True):
+                outs[k] = _tap(outs[k], tap)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return read_all(program.outputs, env), seen
+
+
+def _run_nested(nested: Nested, operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
+    """A scan that takes taps and hands out what the sites of every step saw, stacked; a checkpoint, likewise."""
+    body, call = nested.body, nested.call
+
+    def once(operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
+        env = body.constants | dict(zip(body.all_inputs, operands, strict=True))
+        evaluate(body.static, env)
+        return _run(body, env, taps)
+
+    if call.length is None:
+        return _compat.checkpoint_like(nested.eqn, once)(operands, taps)
+    consts, rest = operands[: call.num_consts], operands[call.num_consts :]
+    init, slices = rest[: call.num_carry], rest[call.num_carry :]
+
+    def step(carry: list[Any], row: tuple[list[Any], dict[int, Any]]) -> tuple[list[Any], Any]:
+        outs, seen = once([*consts, *carry, *row[0]], row[1])
+        return outs[: call.num_carry], (outs[call.num_carry :], seen)
+
+    params = nested.eqn.params
+    carry, (stacked, seen) = jax.lax.scan(
+        step, init, (slices, taps), call.length, reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *stacked], seen

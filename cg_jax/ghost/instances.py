@@ -1,0 +1,128 @@
+"""Gradients of some tensors built example by example, by every site's own vjp: exact for any primitive, and for tensors
+with several uses, whose gradients add up before they are squared.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cg_jax import _compat, trees
+from cg_jax.ghost.capture import Nested, Program, Site, Use, evaluate, read_all
+from cg_jax.ghost.plan import GroupPlan
+from cg_jax.per_example import LossFn
+
+PyTree = Any
+# What a use left of one example: its dynamic operands, and the cotangents of its outputs.
+Trace = tuple[list[jax.Array], list[jax.Array]]
+
+
+def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
+    """The function of what the group's uses left of one example → its gradients with respect to the group's tensors."""
+    parameters = [program.parameters[i] for i in group.parameters]
+    views = list({var: None for use, positions in group.uses for p in positions for var in use.variables(p)})
+
+    def view_values(values: list[jax.Array]) -> list[jax.Array]:
+        local = env | dict(zip(parameters, values, strict=True))
+        evaluate(program.static, local)
+        return [local[view] for view in views]
+
+    _, to_parameters = jax.vjp(view_values, [env[parameter] for parameter in parameters])
+
+    def gradient(traces: list[Trace]) -> list[jax.Array]:
+        total = {view: jnp.zeros(view.aval.shape, view.aval.dtype) for view in views}
+        for (use, positions), trace in zip(group.uses, traces, strict=True):
+            for view, part in _of_use(use, positions, env, trace):
+                total[view] += part
+        return trees.accumulate(to_parameters([total[view] for view in views])[0])
+
+    return gradient
+
+
+def by_whole_loss(
+    loss: LossFn, leaves: list[jax.Array], structure: Any, group: GroupPlan
+) -> Callable[[Any], list[jax.Array]]:
+    """The function (example, weight) → its gradients with respect to the group's tensors, by the whole loss."""
+
+    def gradient(row: tuple[PyTree, jax.Array]) -> list[jax.Array]:
+        example, weight = row
+
+        def weighted(values: list[jax.Array]) -> jax.Array:
+            filled = list(leaves)
+            for place, value in zip(group.parameters, values, strict=True):
+                filled[place] = value
+            value = loss(jax.tree.unflatten(structure, filled), example)
+            return value * weight.astype(value.dtype)
+
+        return trees.accumulate(jax.grad(weighted)([leaves[i] for i in group.parameters]))
+
+    return gradient
+
+
+def operands_of(site: Site, env: dict[Any, Any], seen: list[jax.Array]) -> list[Any]:
+    """All operands of a site for one example: the static ones from `env`."""
+    values = [atom.val if _compat.is_literal(atom) else env.get(atom) for atom in site.eqn.invars]
+    for position, value in zip(site.dynamic, seen, strict=True):
+        values[position] = value
+    return values
+
+
+def _of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Trace) -> list[tuple[Any, jax.Array]]:
+    """One example's gradients with respect to the outermost variables that a use's views come from."""
+    seen, cotangents = trace
+    if use.nested is not None:
+        return _of_nested(use, use.nested, positions, env, trace)
+    site = use.site
+    values = operands_of(site, env, seen)
+
+    def outputs(views: list[jax.Array]) -> list[jax.Array]:
+        filled = list(values)
+        for position, view in zip(positions, views, strict=True):
+            filled[position] = view
+        outs = _compat.bind(site.eqn, filled)
+        return [outs[k] for k in site.taps]
+
+    _, pull = jax.vjp(outputs, [values[position] for position in positions])
+    return [(site.eqn.invars[p], part) for p, part in zip(positions, pull(cotangents)[0], strict=True)]
+
+
+def _of_nested(
+    use: Use, nested: Nested, positions: tuple[int, ...], env: dict[Any, Any], trace: Trace
+) -> list[tuple[Any, jax.Array]]:
+    """The same for a use in the body of a scan, step by step, or of a checkpoint."""
+    site, body = use.site, nested.body
+    reached = frozenset().union(*(body.reach[site.eqn.invars[p]] for p in positions))
+    wanted = [body.parameters[i] for i in sorted(reached)]
+    sliced = [var for var in nested.operands if nested.is_slice(var)]
+    fixed = [var for var in nested.operands if not nested.is_slice(var)]
+    local = body.constants | dict(zip(fixed, read_all([nested.operands[var] for var in fixed], env), strict=True))
+
+    def of_step(slices: list[Any], seen: list[jax.Array], cotangents: list[jax.Array]) -> list[jax.Array]:
+        step = local | dict(zip(sliced, slices, strict=True))
+
+        def outputs(values: list[jax.Array]) -> list[jax.Array]:
+            filled = step | dict(zip(wanted, values, strict=True))
+            evaluate(body.static, filled)
+            outs = _compat.bind(site.eqn, operands_of(site, filled, seen))
+            return [outs[k] for k in site.taps]
+
+        _, pull = jax.vjp(outputs, [step[var] for var in wanted])
+        return pull(cotangents)[0]
+
+    outer = [nested.operands[var] for var in wanted]
+    if nested.call.length is None:
+        return list(zip(outer, of_step([], *trace), strict=True))
+
+    def step(totals: list[jax.Array], row: tuple[list[Any], list[jax.Array], list[jax.Array]]) -> tuple[Any, Any]:
+        parts = dict(zip(wanted, of_step(*row), strict=True))
+        added = [total + parts[var] for total, var in zip(totals, shared, strict=True)]
+        return added, [parts[var] for var in wanted if var not in shared]
+
+    shared = [var for var in wanted if not nested.is_slice(var)]
+    zeros = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in shared]
+    rows = (read_all([nested.operands[var] for var in sliced], env), *trace)
+    totals, stacked = jax.lax.scan(step, zeros, rows)
+    apart = [var for var in wanted if var not in shared]
+    found = dict(zip([*shared, *apart], [*totals, *stacked], strict=True))
+    return [(nested.operands[var], found[var]) for var in wanted]
