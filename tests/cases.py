@@ -322,3 +322,9 @@ def _(p, ids):
     return jax.checkpoint(lambda h: jnp.tanh(h @ p["w"] + p["b"][None]).sum())(
         jax.checkpoint(lambda i: jnp.sin(p["e"][i]))(ids)
     )
+
+
+@case("a step that is the same for all examples", {"w": 0.5 * _normal(4, 4), "v": _normal(4, 4)}, _normal(B, 4))
+def _(p, x):
+    _, ys = lax.scan(lambda c, row: (c + 1.0, (jnp.tanh(c @ p["w"]), row @ p["v"])), jnp.ones(4), x[None])
+    return (ys[0] * ys[1]).sum()

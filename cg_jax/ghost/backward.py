@@ -15,11 +15,12 @@ Traces = dict[tuple[int, ...], tuple[list[jax.Array], list[jax.Array]]]
 @jax.custom_vjp
 def _tap(value: jax.Array, tap: jax.Array) -> jax.Array:
     """`value`; its cotangent is also that of `tap`. Nothing is added, so that nothing is paid for."""
-    del tap
-    return value
+    # vmap would sum the cotangents of a value that is the same for all examples. This makes it one of each example's
+    # own, and is folded away when it is compiled.
+    return jax.lax.select(jnp.zeros(value.shape, bool), tap, value)
 
 
-_tap.defvjp(lambda value, tap: (value, None), lambda _, cotangent: (cotangent, cotangent))
+_tap.defvjp(lambda value, tap: (_tap(value, tap), None), lambda _, cotangent: (cotangent, cotangent))
 
 
 def backward(
