@@ -123,8 +123,10 @@ def product_form(product: Product) -> str:
 
 def product_chunk(product: Product, itemsize: int) -> int:
     """How many examples' Aᵀ B are built at once."""
-    n, _, d, p = product.dims
+    n, t, d, p = product.dims
     limit = _CHUNK_BYTES.get(_compat.backend(), _CHUNK_BYTES_ACCELERATOR)
+    if _compat.backend() == "cpu" and not product.rearranges:
+        return 8 if 8 * n * d * (p + t) * itemsize <= 2 * limit else 4
     return max(1, limit // (n * d * p * itemsize))
 
 
