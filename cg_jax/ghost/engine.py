@@ -95,17 +95,19 @@ def _by_product(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any
         return jnp.einsum(spec, a, b, precision=product.precision, preferred_element_type=dtype)
 
     form = plan.product_form(product)
-    x = jax.vmap(product.prepare)(x)
     if form == "instantiate":
+
+        flip = plan.is_faster_flipped(product)
+        order = "pd" if flip else "dp"
 
         def gradient(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
             a, b = product.factors(*operands)
-            # One product is not a batch of one, and BᵀA is faster than AᵀB, which has more rows than columns.
-            return dot("td,tp->pd", a[0], b[0])[None] if a.shape[0] == 1 else dot("ntd,ntp->npd", a, b)
+            # One product is not a batch of one: XLA does it faster.
+            return dot(f"td,tp->{order}", a[0], b[0])[None] if a.shape[0] == 1 else dot(f"ntd,ntp->n{order}", a, b)
 
         chunk = plan.product_chunk(product, jnp.dtype(dtype).itemsize)
         sq_norms, total = _accumulate(gradient, (x, cotangent), chunk)
-        return sq_norms, product.to_view(total.swapaxes(1, 2))
+        return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
     a, b = jax.vmap(product.factors)(x, cotangent)
     if form == "closed":
         sq_norms = (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum((1, 2))

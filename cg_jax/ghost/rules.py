@@ -24,7 +24,6 @@ from jax import lax
 class Product(NamedTuple):
     """A use whose view's gradient is a product; for one example."""
 
-    prepare: Callable[[jax.Array], jax.Array]  # input → what `factors` takes, done for the whole batch at once
     factors: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (input, cotangent) → (A, B)
     to_view: Callable[[jax.Array], jax.Array]  # G [N, D, P] → a gradient of the view's shape
     dims: tuple[int, int, int, int]  # N, T, D, P
@@ -62,7 +61,7 @@ def dot_general(eqn: Any, view: int) -> Product:
         spread = gradient.reshape(*sizes["N"], *sizes["D"], *sizes["P"])
         return spread.transpose(*(order.index(axis) for axis in range(len(order))))
 
-    return Product(lambda x: x, factors, to_view, (n, t, d, p), eqn.params["precision"], rearranges=True)
+    return Product(factors, to_view, (n, t, d, p), eqn.params["precision"], rearranges=True)
 
 
 def conv_general_dilated(eqn: Any, view: int) -> Product | None:
@@ -76,18 +75,16 @@ def conv_general_dilated(eqn: Any, view: int) -> Product | None:
     channels, features = kernel[numbers.rhs_spec[1]], kernel[numbers.rhs_spec[0]] // groups
     t, d = image[numbers.lhs_spec[0]] * math.prod(positions), math.prod(window) * channels
 
-    def prepare(x: jax.Array) -> jax.Array:
+    def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
         edges = [
             (0, 0, 0),
             *((lo, hi, gap - 1) for (lo, hi), gap in zip(params["padding"], params["lhs_dilation"], strict=True)),
             (0, 0, 0),
         ]
-        return lax.pad(x, jnp.zeros((), x.dtype), edges)
-
-    def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = lax.pad(x, jnp.zeros((), x.dtype), edges)
         pieces = [_window(x, place, positions, params).reshape(t, groups, channels) for place in _places(window)]
-        if channels < 8:  # positions innermost: rows of one to three numbers are slow to copy
+        if channels < 3:  # positions innermost: rows of one or two numbers are slow to copy
             a = jnp.stack([piece.transpose(1, 2, 0) for piece in pieces], axis=1)  # [G, K, C, T]
             a = a.reshape(groups, d, t).transpose(0, 2, 1)
         else:
@@ -103,7 +100,7 @@ def conv_general_dilated(eqn: Any, view: int) -> Product | None:
         spread = spread.reshape(groups * features, channels, *window)
         return spread.transpose(*(numbers.rhs_spec.index(axis) for axis in range(len(kernel))))
 
-    return Product(prepare, factors, to_view, (groups, t, d, features), params["precision"], rearranges=False)
+    return Product(factors, to_view, (groups, t, d, features), params["precision"], rearranges=False)
 
 
 def _places(window: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -136,16 +133,13 @@ def lift(product: Product, length: int, is_slice: bool) -> Product:
         a, b = jax.vmap(product.factors)(x, cotangent)
         return join(a), join(b)
 
-    def prepare(x: jax.Array) -> jax.Array:
-        return jax.vmap(product.prepare)(x)
-
     if not is_slice:
-        return product._replace(prepare=prepare, factors=factors, dims=(n, length * t, d, p))
+        return product._replace(factors=factors, dims=(n, length * t, d, p))
 
     def to_view(gradient: jax.Array) -> jax.Array:
         return jax.vmap(product.to_view)(gradient.reshape(length, n, d, p))
 
-    return product._replace(prepare=prepare, factors=factors, to_view=to_view, dims=(length * n, t, d, p))
+    return product._replace(factors=factors, to_view=to_view, dims=(length * n, t, d, p))
 
 
 class Norm(NamedTuple):
