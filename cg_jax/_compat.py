@@ -11,6 +11,10 @@ from jax.extend import core
 # Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp
 # calls are not among them: their rules must be respected.
 _INLINABLE = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_COMMON = frozenset(
+    {"add", "add_any", "concatenate", "conv_general_dilated", "div", "dot_general", "gather", "max", "min", "mul", "select_n",
+     "sub"}
+)  # fmt: skip
 _REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
 
 
@@ -103,6 +107,11 @@ def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
             return False
         raise
     return "custom_lin" not in _primitives(jaxpr)
+
+
+def surely_has_reverse_mode(eqn: Any) -> bool:
+    """Whether an equation is of a common primitive, which needs no trial by `has_reverse_mode`."""
+    return eqn.primitive.name in _COMMON
 
 
 def has_reverse_mode(f: Any, *operands: Any) -> bool:

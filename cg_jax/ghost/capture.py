@@ -115,16 +115,6 @@ def _flat(jaxpr: Any, constants: Sequence[Any]) -> Any:
     return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands))(*like)
 
 
-def _needed(jaxpr: Any) -> list[Any]:
-    """The equations that an output or a side effect needs, in order."""
-    wanted, kept = {out for out in jaxpr.outvars if not _compat.is_literal(out)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(out in wanted for out in eqn.outvars):
-            kept.append(eqn)
-            wanted.update(atom for atom in eqn.invars if not _compat.is_literal(atom))
-    return kept[::-1]
-
-
 def has_gradient(var: Any) -> bool:
     """Whether a value is real or complex; a complex one may stand on the way from a parameter to the loss."""
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
@@ -145,7 +135,7 @@ def _classify(flat: Any, parameters: Sequence[Any], inputs: Sequence[Any], nest:
     static: list[Any] = []
     dynamic: list[Any] = []
     sites: dict[int, Site | Nested] = {}
-    for eqn in _needed(flat.jaxpr):
+    for eqn in leading_to([out for out in flat.jaxpr.outvars if is_var(out)], flat.jaxpr.eqns):
         operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
         views = tuple(i for i, var in enumerate(operands) if reach.get(var))
         moving = tuple(i for i, var in enumerate(operands) if var in varying)
@@ -205,6 +195,16 @@ def reaches_parameters(program: Program) -> bool:
     """Whether any gradient flows from the loss to a parameter."""
     (output,) = program.outputs
     return bool(program.sites) or (is_var(output) and bool(program.reach.get(output)))
+
+
+def leading_to(variables: Sequence[Any], eqns: Sequence[Any]) -> list[Any]:
+    """Those of the equations that `variables` follow from, and those with a side effect, in order."""
+    wanted, kept = set(variables), []
+    for eqn in reversed(eqns):
+        if eqn.effects or any(out in wanted for out in eqn.outvars):
+            kept.append(eqn)
+            wanted.update(atom for atom in eqn.invars if is_var(atom))
+    return kept[::-1]
 
 
 def evaluate(eqns: Sequence[Any], env: dict[Any, Any]) -> None:

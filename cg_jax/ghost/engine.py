@@ -50,7 +50,8 @@ def statistics(
     for group in todo.groups:
         gradient: Callable[[Any], PyTree] = instances.by_sites(program, env, group)
         operands: Any = [traces[use.key] for use, _ in group.uses]
-        if not _compat.has_reverse_mode(gradient, jax.tree.map(lambda leaf: leaf[0], operands)):
+        certain = all(_compat.surely_has_reverse_mode(use.site.eqn) for use, _ in group.uses)
+        if not certain and not _compat.has_reverse_mode(gradient, jax.tree.map(lambda leaf: leaf[0], operands)):
             gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), (batch, weights)
         yields = _accumulate(gradient, operands, plan.group_chunk(program, group))
         made.update(zip(group.parameters, zip(*yields, strict=True), strict=True))

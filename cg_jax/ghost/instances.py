@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
-from cg_jax.ghost.capture import Nested, Program, Site, Use, evaluate, read_all
+from cg_jax.ghost.capture import Nested, Program, Site, Use, evaluate, leading_to, read_all
 from cg_jax.ghost.plan import GroupPlan
 from cg_jax.per_example import LossFn
 
@@ -23,9 +23,11 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
     parameters = [program.parameters[i] for i in group.parameters]
     views = list({var: None for use, positions in group.uses for p in positions for var in use.variables(p)})
 
+    transformed = leading_to(views, program.static)
+
     def view_values(values: list[jax.Array]) -> list[jax.Array]:
         local = env | dict(zip(parameters, values, strict=True))
-        evaluate(program.static, local)
+        evaluate(transformed, local)
         return [local[view] for view in views]
 
     _, to_parameters = jax.vjp(view_values, [env[parameter] for parameter in parameters])

@@ -83,12 +83,13 @@ def conv_general_dilated(eqn: Any, view: int) -> Product | None:
             (0, 0, 0),
         ]
         x = lax.pad(x, jnp.zeros((), x.dtype), edges)
-        pieces = [_window(x, place, positions, params).reshape(t, groups, channels) for place in _places(window)]
+        x = x.reshape(*x.shape[:-1], groups, channels)
         if channels < 3:  # positions innermost: rows of one or two numbers are slow to copy
+            pieces = [_window(x, place, positions, params).reshape(t, groups, channels) for place in _places(window)]
             a = jnp.stack([piece.transpose(1, 2, 0) for piece in pieces], axis=1)  # [G, K, C, T]
             a = a.reshape(groups, d, t).transpose(0, 2, 1)
         else:
-            a = jnp.concatenate(pieces, axis=2).transpose(1, 0, 2)
+            a = _patches(x, window, positions, params).reshape(t, groups, d).transpose(1, 0, 2)
         b = cotangent.transpose(numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
         return a, b.reshape(t, groups, features).transpose(1, 0, 2)
 
@@ -112,12 +113,26 @@ def _places(window: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _window(x: jax.Array, place: tuple[int, ...], positions: tuple[int, ...], params: Any) -> jax.Array:
-    """What the kernel's entry at `place` sees: a strided slice of the padded input [N, *spatial, C]."""
-    starts = [i * gap for i, gap in zip(place, params["rhs_dilation"], strict=True)]
-    strides = params["window_strides"]
-    stops = [s + (n - 1) * step + 1 for s, n, step in zip(starts, positions, strides, strict=True)]
-    channels = x.shape[-1]
-    return lax.slice(x, (0, *starts, 0), (x.shape[0], *stops, channels), (1, *strides, 1))
+    """What the kernel's entry at `place` sees: a strided slice of the padded input [N, *spatial, G, C]."""
+    for axis, (start, size) in enumerate(zip(place, positions, strict=True)):
+        x = _along(x, axis, start, size, params)
+    return x
+
+
+def _along(x: jax.Array, axis: int, start: int, size: int, params: Any) -> jax.Array:
+    """The same along one of the spatial axes."""
+    first, step = start * params["rhs_dilation"][axis], params["window_strides"][axis]
+    return lax.slice_in_dim(x, first, first + (size - 1) * step + 1, step, axis + 1)
+
+
+def _patches(x: jax.Array, window: tuple[int, ...], positions: tuple[int, ...], params: Any) -> jax.Array:
+    """[N, *positions, G, K C] of a padded input [N, *spatial, G, C]."""
+    if x.shape[-1] < 64:
+        return jnp.concatenate([_window(x, place, positions, params) for place in _places(window)], axis=-1)
+    # Axis by axis copies more, but has fewer pieces to compile; long rows are copied fast.
+    for axis in reversed(range(len(window))):
+        x = jnp.concatenate([_along(x, axis, i, positions[axis], params) for i in range(window[axis])], axis=-1)
+    return x
 
 
 def lift(product: Product, length: int, is_slice: bool) -> Product:
