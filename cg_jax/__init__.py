@@ -2,6 +2,7 @@
 
 from cg_jax.aggregate import consecutive, m3, median_of_k, micro_batch_grads, ra3, rm3, rolling, stacked
 from cg_jax.bound import generalization_bound
+from cg_jax.ghost import explain, register_rule
 from cg_jax.measure import measure_coherence
 from cg_jax.metrics import Coherence, Ratios, coherence
 from cg_jax.moments import GradMoments, merge
@@ -18,6 +19,7 @@ __all__ = [
     "alignments",
     "coherence",
     "consecutive",
+    "explain",
     "generalization_bound",
     "grad_moments",
     "m3",
@@ -30,6 +32,7 @@ __all__ = [
     "per_example_grads",
     "per_example_sq_norms",
     "ra3",
+    "register_rule",
     "rm3",
     "rolling",
     "stacked",

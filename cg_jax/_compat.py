@@ -11,10 +11,11 @@ from jax.extend import core
 # Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp
 # calls are not among them: their rules must be respected.
 _INLINABLE = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-_COMMON = frozenset(
-    {"add", "add_any", "concatenate", "conv_general_dilated", "div", "dot_general", "gather", "max", "min", "mul", "select_n",
-     "sub"}
-)  # fmt: skip
+# Primitives that surely have a reverse mode, so that it need not be tried.
+_DIFFERENTIABLE = frozenset(
+    {"add", "add_any", "concatenate", "conv_general_dilated", "div", "dot_general", "gather", "max", "min", "mul"}
+    | {"select_n", "sub"}
+)
 _REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
 
 
@@ -109,15 +110,27 @@ def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
     return "custom_lin" not in _primitives(jaxpr)
 
 
-def surely_has_reverse_mode(eqn: Any) -> bool:
-    """Whether an equation is of a common primitive, which needs no trial by `has_reverse_mode`."""
-    return eqn.primitive.name in _COMMON
+def has_reverse_mode(eqn: Any, positions: Sequence[int]) -> bool:
+    """Whether JAX can differentiate one equation, in reverse mode, with respect to the operands at `positions`.
 
+    It refuses some primitives (a while loop), which a loss may hold where no gradient passes.
+    """
+    if eqn.primitive.name in _DIFFERENTIABLE:
+        return True
 
-def has_reverse_mode(f: Any, *operands: Any) -> bool:
-    """Whether `f`, which differentiates, can be traced; JAX refuses some primitives in reverse mode (a while loop)."""
+    def gradient(operands: list[Any]) -> Any:
+        def outputs(views: list[Any]) -> list[Any]:
+            values = list(operands)
+            for position, view in zip(positions, views, strict=True):
+                values[position] = view
+            return [out for out in bind(eqn, values) if jax.numpy.issubdtype(out.dtype, jax.numpy.inexact)]
+
+        outs, pull = jax.vjp(outputs, [operands[position] for position in positions])
+        return pull(outs)
+
+    avals = [atom.aval for atom in eqn.invars]
     try:
-        jax.eval_shape(f, *operands)
+        jax.eval_shape(gradient, [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals])
     except (ValueError, TypeError, NotImplementedError):
         return False
     return True

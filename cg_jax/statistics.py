@@ -48,14 +48,21 @@ def _vmap_statistics(loss_fn: LossFn, params: PyTree, batch: PyTree, weights: ja
 
 
 def batch_statistics(
-    loss_fn: LossFn, params: PyTree, batch: PyTree, mask: jax.Array | None, method: str
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array | None,
+    method: str,
+    max_bytes: int | None = None,
 ) -> BatchStatistics:
     """Losses, squared norms and the sum of the gradients of one batch; the one producer behind everything above."""
     weights = None
     if mask is not None:
         batch, weights = _fill_masked(batch, mask), mask.astype(jnp.float32)
-    by = ghost.statistics if method == "ghost" else _vmap_statistics
-    losses, sq_norms, sum_grads = by(loss_fn, params, batch, weights)
+    if method == "ghost":
+        losses, sq_norms, sum_grads = ghost.statistics(loss_fn, params, batch, weights, max_bytes)
+    else:
+        losses, sq_norms, sum_grads = _vmap_statistics(loss_fn, params, batch, weights)
     if mask is not None:
         losses, sq_norms = _zero_where(~mask, (losses, sq_norms))
         sum_grads = _zero_where(~mask.any(), sum_grads)
@@ -73,18 +80,27 @@ def to_moments(statistics: BatchStatistics, count: Any) -> GradMoments:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _moments(loss_fn: LossFn, method: str, params: PyTree, batch: PyTree, mask: jax.Array | None) -> GradMoments:
-    statistics = batch_statistics(loss_fn, params, batch, mask, method)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _moments(
+    loss_fn: LossFn, method: str, max_bytes: int | None, params: PyTree, batch: PyTree, mask: jax.Array | None
+) -> GradMoments:
+    statistics = batch_statistics(loss_fn, params, batch, mask, method, max_bytes)
     return to_moments(statistics, statistics.losses.size if mask is None else mask.sum())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sq_norms(loss_fn: LossFn, method: str, params: PyTree, batch: PyTree) -> PyTree:
-    return batch_statistics(loss_fn, params, batch, None, method).sq_norms
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sq_norms(loss_fn: LossFn, method: str, max_bytes: int | None, params: PyTree, batch: PyTree) -> PyTree:
+    return batch_statistics(loss_fn, params, batch, None, method, max_bytes).sq_norms
 
 
-def grad_moments(loss_fn: LossFn, method: str = "ghost") -> Callable[..., GradMoments]:
+def _checked(method: str, max_bytes: int | None) -> None:
+    """ValueError unless the static arguments are right."""
+    _validate.one_of("method", method, METHODS)
+    if max_bytes is not None:
+        _validate.at_least("max_bytes", max_bytes, 1)
+
+
+def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None) -> Callable[..., GradMoments]:
     """The function (params, batch, mask=None) → GradMoments: S = Σ gᵢ and Q = Σ ‖gᵢ‖² per tensor, Σ ℓᵢ, and the count.
 
     gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters;
@@ -94,6 +110,9 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost") -> Callable[..., GradMo
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object:
             pass the same one again, for a fresh lambda compiles again.
         method: "ghost" or "vmap".
+        max_bytes: Method "ghost" works a tensor off in chunks of examples, so that the per-example arrays that it needs
+            take at most this many bytes at once (but for one example's own); 64 MiB by default, 256 MiB on an
+            accelerator. `explain` says what they are.
 
     Returns:
         A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B) and mask (boolean
@@ -102,8 +121,8 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost") -> Callable[..., GradMo
         parameters are; integer leaves of params are None.
 
     Raises:
-        ValueError: Unknown method, empty batch, leading axes that disagree, a mask of other shape or dtype, or a loss
-            that does not depend on params.
+        ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, a mask of other shape or
+            dtype, or a loss that does not depend on params.
         TypeError: loss_fn does not return a real scalar.
 
     References:
@@ -116,31 +135,35 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost") -> Callable[..., GradMo
         >>> int(moments.count), float(moments.sum_grads), float(moments.sum_sq_norms)
         (3, -12.0, 66.0)
     """
-    _validate.one_of("method", method, METHODS)
+    _checked(method, max_bytes)
 
     def moments(params: PyTree, batch: PyTree, mask: Any = None) -> GradMoments:
         size = _validate.leading_axis("batch", batch)
         if mask is not None:
             mask = jnp.asarray(mask)
             _validate.mask_shape(mask, size)
-        return _moments(loss_fn, method, params, batch, mask)
+        return _moments(loss_fn, method, max_bytes, params, batch, mask)
 
     return moments
 
 
-def per_example_sq_norms(loss_fn: LossFn, method: str = "ghost") -> Callable[[PyTree, PyTree], PyTree]:
+def per_example_sq_norms(
+    loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None
+) -> Callable[[PyTree, PyTree], PyTree]:
     """The function (params, batch) → ‖gᵢ‖² of every example, tensor by tensor; nothing of size B × parameters is built.
 
     Args:
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object.
         method: "ghost", or "vmap" for the plain reference.
+        max_bytes: As for `grad_moments`.
 
     Returns:
         A jitted function that returns a pytree like params of [B], float32 (float64 where the parameters are); None for
         integer leaves. The sum over the leaves is ‖gᵢ‖² of the whole gradient.
 
     Raises:
-        ValueError: Unknown method, empty batch, leading axes that disagree, or a loss that does not depend on params.
+        ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, or a loss that does not
+            depend on params.
         TypeError: loss_fn does not return a real scalar.
 
     Examples:
@@ -148,10 +171,10 @@ def per_example_sq_norms(loss_fn: LossFn, method: str = "ghost") -> Callable[[Py
         >>> cg.per_example_sq_norms(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]))
         Array([ 1., 16., 49.], dtype=float32)
     """
-    _validate.one_of("method", method, METHODS)
+    _checked(method, max_bytes)
 
     def sq_norms(params: PyTree, batch: PyTree) -> PyTree:
         _validate.leading_axis("batch", batch)
-        return _sq_norms(loss_fn, method, params, batch)
+        return _sq_norms(loss_fn, method, max_bytes, params, batch)
 
     return sq_norms

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
-from cg_jax.per_example import LossFn, checked_loss, example_of
+from cg_jax.per_example import LossFn, checked_loss
 
 PyTree = Any
 
@@ -120,9 +120,9 @@ def has_gradient(var: Any) -> bool:
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
-def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, batch: PyTree) -> Program:
-    """Trace loss_fn at the differentiable leaves `kept` and one example of `batch`."""
-    closed = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example_of(batch))
+def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, example: PyTree) -> Program:
+    """Trace loss_fn at the differentiable leaves `kept` and one example."""
+    closed = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example)
     flat = _flat(closed.jaxpr, closed.consts)
     split = len(jax.tree.leaves(kept))
     return _classify(flat, flat.jaxpr.invars[:split], flat.jaxpr.invars[split:], nest=True)

@@ -2,6 +2,7 @@
 left.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from cg_jax.ghost import capture, instances, plan, views
 from cg_jax.ghost.backward import Traces, backward
 from cg_jax.ghost.capture import Program, Site, evaluate
 from cg_jax.ghost.plan import RulePlan
-from cg_jax.ghost.rules import Product
-from cg_jax.per_example import LossFn, checked_loss
+from cg_jax.ghost.product import Product
+from cg_jax.per_example import LossFn, checked_loss, example_of
 
 PyTree = Any
 # For one tensor: squared norms [B], and the sum over the batch.
@@ -22,7 +23,7 @@ Yield = tuple[jax.Array, jax.Array]
 
 
 def statistics(
-    loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None
+    loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None, max_bytes: int | None = None
 ) -> tuple[jax.Array, PyTree, PyTree]:
     """(losses [B], ‖wᵢ gᵢ‖² for each tensor [B], Σ wᵢ gᵢ like the parameters); exact, in one backward pass.
 
@@ -31,7 +32,7 @@ def statistics(
     kept, rest = trees.partition(params)
     kept = jax.tree.map(jnp.asarray, kept)
     _validate.something_to_differentiate(kept)
-    program = capture.capture(loss_fn, kept, rest, batch)
+    program = capture.capture(loss_fn, kept, rest, example_of(batch))
     _validate.dependence(capture.reaches_parameters(program))
     size = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.ones(size) if weights is None else weights
@@ -44,16 +45,16 @@ def statistics(
     losses, traces = backward(program, env, jax.tree.leaves(batch), weights)
 
     made: dict[int, Yield] = {}
-    todo = plan.make_plan(program)
+    todo = plan.make_plan(program, max_bytes)
     for tensor in todo.rules:
         made[tensor.parameter] = _by_rule(program, env, tensor, traces)
     for group in todo.groups:
-        gradient: Callable[[Any], PyTree] = instances.by_sites(program, env, group)
-        operands: Any = [traces[use.key] for use, _ in group.uses]
-        certain = all(_compat.surely_has_reverse_mode(use.site.eqn) for use, _ in group.uses)
-        if not certain and not _compat.has_reverse_mode(gradient, jax.tree.map(lambda leaf: leaf[0], operands)):
+        gradient: Callable[[Any], PyTree]
+        if group.whole_loss:
             gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), (batch, weights)
-        yields = _accumulate(gradient, operands, plan.group_chunk(program, group))
+        else:
+            gradient, operands = instances.by_sites(program, env, group), [traces[use.key] for use, _ in group.uses]
+        yields = _accumulate(gradient, operands, group.chunk)
         made.update(zip(group.parameters, zip(*yields, strict=True), strict=True))
     for i, leaf in enumerate(leaves):
         dtype = trees.accumulator_dtype(leaf.dtype)
@@ -73,15 +74,20 @@ def _same_for_all(loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array)
 
 def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces) -> Yield:
     """A tensor whose one use has a rule."""
-    site = tensor.use.site
+    site, rule = tensor.use.site, tensor.rule
     operands, (cotangent,) = traces[tensor.use.key]
     dtype = trees.accumulator_dtype(tensor.view.aval.dtype)
-    if isinstance(tensor.rule, Product):
-        sq_norms, total = _by_product(tensor.rule, operands[0], cotangent, dtype)
-        if total is None:
-            total = _sum_by_vjp(site, env, operands, cotangent, dtype)
+    if not isinstance(rule, Product):
+        sq_norms = _in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
+        total = None
+    elif tensor.form == "instantiate":
+        sq_norms, total = instantiated(rule, operands[0], cotangent, dtype, tensor.chunk)
     else:
-        sq_norms = jax.vmap(tensor.rule.sq_norm)(operands, cotangent.astype(dtype))
+        sq_norms = without_gradients(rule, tensor.form, operands[0], cotangent, dtype, tensor.chunk)
+        # Patches are many times the input: there, where it can, the primitive's own vjp forms the sum.
+        by_factors = rule.rearranges or tensor.use.nested is not None
+        total = sum_of_products(rule, operands[0], cotangent, dtype) if by_factors else None
+    if total is None:
         total = _sum_by_vjp(site, env, operands, cotangent, dtype)
     parameter = program.parameters[tensor.parameter]
     total = views.undo_view(tensor.rearranged_by, parameter, tensor.view, total)
@@ -89,33 +95,50 @@ def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
     return sq_norms.astype(out_dtype), total.astype(out_dtype)
 
 
-def _by_product(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """(‖AᵀB‖² [B], Σ AᵀB as the view's gradient, or None where the primitive's own vjp does the sum better)."""
+def _dot(product: Product, dtype: Any, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, precision=product.precision, preferred_element_type=dtype)
 
-    def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, a, b, precision=product.precision, preferred_element_type=dtype)
 
-    form = plan.product_form(product)
-    if form == "instantiate":
+def instantiated(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int) -> Yield:
+    """(‖AᵀB‖² [B], Σ AᵀB as the view's gradient), both from the same arrays."""
+    dot = functools.partial(_dot, product, dtype)
+    flip = plan.is_faster_flipped(product)
+    order = "pd" if flip else "dp"
 
-        flip = plan.is_faster_flipped(product)
-        order = "pd" if flip else "dp"
+    def gradient(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
+        a, b = product.factors(*operands)
+        # One product is not a batch of one: XLA does it faster.
+        return dot(f"td,tp->{order}", a[0], b[0])[None] if a.shape[0] == 1 else dot(f"ntd,ntp->n{order}", a, b)
 
-        def gradient(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
-            a, b = product.factors(*operands)
-            # One product is not a batch of one: XLA does it faster.
-            return dot(f"td,tp->{order}", a[0], b[0])[None] if a.shape[0] == 1 else dot(f"ntd,ntp->n{order}", a, b)
+    sq_norms, total = _accumulate(gradient, (x, cotangent), chunk)
+    return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
 
-        chunk = plan.product_chunk(product, jnp.dtype(dtype).itemsize)
-        sq_norms, total = _accumulate(gradient, (x, cotangent), chunk)
-        return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
+
+def without_gradients(
+    product: Product, form: str, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int
+) -> jax.Array:
+    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position."""
+    dot = functools.partial(_dot, product, dtype)
+
+    def sq_norm(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        a, b = product.factors(*row)
+        if form == "closed":
+            return (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum()
+        return (dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum()
+
+    return _in_chunks(sq_norm, (x, cotangent), chunk)
+
+
+def sum_of_products(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
+    """Σ AᵀB over the batch, as the view's gradient."""
     a, b = jax.vmap(product.factors)(x, cotangent)
-    if form == "closed":
-        sq_norms = (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum((1, 2))
-    else:
-        sq_norms = (dot("bntd,bnsd->bnts", a, a) * dot("bntp,bnsp->bnts", b, b)).sum((1, 2, 3))
-    total = product.to_view(dot("bntd,bntp->ndp", a, b)) if product.rearranges else None
-    return sq_norms, total
+    return product.to_view(_dot(product, dtype, "bntd,bntp->ndp", a, b))
+
+
+def _in_chunks(f: Callable[[Any], jax.Array], rows: PyTree, chunk: int) -> jax.Array:
+    """`f` of every row, `chunk` of them at once."""
+    size = jax.tree.leaves(rows)[0].shape[0]
+    return jax.vmap(f)(rows) if chunk >= size else jax.lax.map(f, rows, batch_size=chunk)
 
 
 def _last_axis_sq_norms(x: jax.Array) -> jax.Array:

@@ -1,20 +1,35 @@
-"""Which way each parameter tensor goes: a rule for its one use, or its gradient example by example."""
+"""Which way each parameter tensor goes: a rule for its one use, or its gradient example by example; and in what chunks.
+
+The choice is by operations and bytes, measured in benchmarks/crossover.py and told in docs/engine.md:
+
+- T = 1: ‖a‖² ‖b‖², nothing is built.
+- Instantiating G = AᵀB takes T D P multiplications, the same as the sum alone, and the sum comes from the same arrays;
+  but D P numbers per example are written and read. Gram takes the sum, and T² (D + P) multiplications more. So the known
+  limit by operations, T < D P / (D + P), which pays for the sum apart, is not the right one: Gram wins by what it does
+  not write, and each such number was measured to be worth about 20 multiplications: T² (D + P) ≤ 20 D P. It is 4 where A
+  holds patches, which Gram must keep. On an accelerator the known limit by memory, 2 T² ≤ D P, stands until measured.
+"""
 
 import dataclasses
 import math
 from typing import Any
 
-from cg_jax import _compat
+from cg_jax import _compat, trees
 from cg_jax.ghost.capture import Program, Use, uses_of
-from cg_jax.ghost.rules import Norm, Product, lift, rule_for
+from cg_jax.ghost.product import Product, lift
+from cg_jax.ghost.rules import Norm, rule_for
 from cg_jax.ghost.views import isometric_view, undo_view
 
-# Bytes of per-example gradients that may exist at once. On a CPU what fits the cache is several times faster than what
-# does not; on an accelerator a chunk must be large enough to fill the device.
-_CHUNK_BYTES = {"cpu": 2**20}
-_CHUNK_BYTES_ACCELERATOR = 2**28
-# Bytes of per-example gradients with respect to views that a group of tensors may build at once.
-_GROUP_BYTES = 2**26
+# Bytes that the per-example arrays of one tensor may take at once, by default.
+_MAX_BYTES = {"cpu": 2**26}
+_MAX_BYTES_ACCELERATOR = 2**28
+# Entry by entry: their own vjp costs what their cotangent does, so it is their rule.
+_ELEMENTWISE = frozenset({"add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2"})
+# Multiplications that a number of G is worth, on a CPU.
+_PER_NUMBER = 20
+_PER_NUMBER_OF_PATCHES = 4
+# On a CPU, what fits the cache is several times faster than what does not.
+_CACHE_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +41,8 @@ class RulePlan:
     view: Any  # variable of the outermost program
     rearranged_by: tuple[Any, ...]  # equations from the parameter to the view
     rule: Product | Norm
+    form: str  # "closed", "gram" or "instantiate" for a product; "norm"
+    chunk: int  # examples whose arrays are built at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +54,9 @@ class GroupPlan:
 
     parameters: tuple[int, ...]
     uses: tuple[tuple[Use, tuple[int, ...]], ...]  # (use, positions of the views)
+    reasons: tuple[str, ...]  # for each parameter, why no rule does it; empty where its use is elementwise
+    whole_loss: bool  # a site has no reverse mode of its own: by vmap(grad) of the loss with respect to these tensors
+    chunk: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +67,23 @@ class Plan:
     groups: tuple[GroupPlan, ...]
 
 
-def make_plan(program: Program) -> Plan:
-    """The plan for a captured loss."""
+def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
+    """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own."""
+    limit = max_bytes or _MAX_BYTES.get(_compat.backend(), _MAX_BYTES_ACCELERATOR)
     found: dict[int, list[tuple[Use, int]]] = {i: [] for i in range(len(program.parameters))}
     for use in uses_of(program):
         for position in use.site.views:
             for parameter in _parameters(program, use, position):
                 found[parameter].append((use, position))
-    rules = {i: plan for i, uses in found.items() if (plan := _rule_plan(program, i, uses)) is not None}
-    groups = _groups(program, {i: uses for i, uses in found.items() if uses and i not in rules})
-    return Plan(tuple(rules.values()), groups)
+    rules: list[RulePlan] = []
+    reasons: dict[int, str] = {}
+    for parameter, uses in found.items():
+        plan = _rule_plan(program, parameter, uses, limit) if uses else None
+        if isinstance(plan, str):
+            reasons[parameter] = plan
+        elif plan is not None:
+            rules.append(plan)
+    return Plan(tuple(rules), _groups(program, {i: found[i] for i in reasons}, reasons, limit))
 
 
 def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:
@@ -64,16 +91,35 @@ def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:
     return frozenset().union(*(program.reach[var] for var in use.variables(position)))
 
 
-def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]]) -> RulePlan | None:
-    if len(uses) != 1:
-        return None
+def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]], limit: int) -> RulePlan | str:
+    """The plan of a tensor by a rule, or why there is none; an elementwise use has no need of one, and no reason."""
+    if len(uses) > 1:
+        return f"used {len(uses)} times: gradients add up before they are squared"
     ((use, position),) = uses
-    if len(use.site.views) != 1 or len(use.variables(position)) != 1:
-        return None
+    name = use.site.eqn.primitive.name
+    if len(use.site.views) > 1 or len(use.variables(position)) > 1:
+        return f"several parameters meet in one {name}"
     (view,) = use.variables(position)
     chain = isometric_view(program, view)
-    rule = _rule(use, position) if chain is not None else None
-    return None if rule is None else RulePlan(parameter, use, view, tuple(chain or ()), rule)
+    if name in _ELEMENTWISE and (chain is not None or _is_broadcast(program, view)):
+        return ""
+    if chain is None:
+        return f"transformed by other parameters or by more than a rearrangement before {name}"
+    rule = _rule(use, position)
+    if rule is None:
+        return f"no rule for {name} here: its own vjp"
+    form = "norm" if isinstance(rule, Norm) else product_form(rule)
+    itemsize = trees.accumulator_dtype(view.aval.dtype).itemsize
+    chunk = _norm_chunk(use, limit) if isinstance(rule, Norm) else product_chunk(rule, form, itemsize, limit)
+    return RulePlan(parameter, use, view, tuple(chain), rule, form, chunk)
+
+
+def _is_broadcast(program: Program, view: Any) -> bool:
+    """Whether a view only spreads one parameter over more axes."""
+    eqns = [eqn for eqn in program.static if view in eqn.outvars]
+    return bool(eqns) and eqns[0].primitive.name == "broadcast_in_dim" and (
+        isometric_view(program, eqns[0].invars[0]) is not None
+    )  # fmt: skip
 
 
 def _rule(use: Use, position: int) -> Product | Norm | None:
@@ -86,11 +132,13 @@ def _rule(use: Use, position: int) -> Product | Norm | None:
     if chain is None or isinstance(rule, Norm):
         return None
     source = chain[0].invars[0] if chain else view
-    undone = rule._replace(to_view=lambda g: undo_view(chain, source, view, rule.to_view(g)), rearranges=True)
+    undone = rule._replace(to_view=lambda g: undo_view(chain, source, view, rule.to_view(g)))
     return undone if nested.call.length is None else lift(undone, nested.call.length, nested.is_slice(source))
 
 
-def _groups(program: Program, found: dict[int, list[tuple[Use, int]]]) -> tuple[GroupPlan, ...]:
+def _groups(
+    program: Program, found: dict[int, list[tuple[Use, int]]], reasons: dict[int, str], limit: int
+) -> tuple[GroupPlan, ...]:
     """Tensors that share a view (a product of two, a concatenation) go together, all others alone."""
     group_of = {parameter: {parameter} for parameter in found}
     for uses in found.values():
@@ -98,26 +146,44 @@ def _groups(program: Program, found: dict[int, list[tuple[Use, int]]]) -> tuple[
             joined = set().union(*(group_of[i] for i in _parameters(program, use, position)))
             group_of.update(dict.fromkeys(joined, joined))
     plans = []
-    for members in {id(group): group for group in group_of.values()}.values():
+    for group in {id(group): group for group in group_of.values()}.values():
+        members = tuple(sorted(group))
         places: dict[tuple[int, ...], tuple[Use, set[int]]] = {}
         for parameter in members:
             for use, position in found[parameter]:
                 places.setdefault(use.key, (use, set()))[1].add(position)
         uses = tuple((use, tuple(sorted(positions))) for _, (use, positions) in sorted(places.items()))
-        plans.append(GroupPlan(tuple(sorted(members)), uses))
+        whole = not all(_compat.has_reverse_mode(use.site.eqn, positions) for use, positions in uses)
+        chunk = max(1, limit // max(group_bytes(program, members, uses), 1))
+        plans.append(GroupPlan(members, uses, tuple(reasons[i] for i in members), whole, chunk))
     return tuple(plans)
 
 
-def product_form(product: Product) -> str:
-    """How ‖Aᵀ B‖² is done: "closed" (T = 1), "gram", or "instantiate", which yields the sum of Aᵀ B as well.
+def group_bytes(program: Program, members: tuple[int, ...], uses: tuple[tuple[Use, tuple[int, ...]], ...]) -> int:
+    """Bytes of one example's gradients of a group: of its views, and of its tensors."""
+    views = {var for use, positions in uses for p in positions for var in use.variables(p)}
+    variables = [*views, *(program.parameters[i] for i in members)]
+    return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in variables)
 
-    Gram takes T² (D + P) multiplications, and the sum T D P more; instantiating takes T D P, and writes D P numbers.
-    """
+
+def norm_bytes(use: Use) -> int:
+    """Bytes of the cotangent of one example, which a norm's rule sorts or copies."""
+    (out,) = use.site.eqn.outvars
+    return math.prod(out.aval.shape) * trees.accumulator_dtype(out.aval.dtype).itemsize
+
+
+def _norm_chunk(use: Use, limit: int) -> int:
+    return max(1, limit // max(1, 2 * norm_bytes(use)))
+
+
+def product_form(product: Product) -> str:
+    """How ‖Aᵀ B‖² is done: "closed" (T = 1), "gram", or "instantiate", which yields the sum of Aᵀ B as well."""
     _, t, d, p = product.dims
     if t == 1:
         return "closed"
     if _compat.backend() == "cpu":
-        return "gram" if t * t * (d + p) <= 4 * d * p else "instantiate"
+        worth = _PER_NUMBER if product.rearranges else _PER_NUMBER_OF_PATCHES
+        return "gram" if t * t * (d + p) <= worth * d * p else "instantiate"
     return "gram" if 2 * t * t <= d * p else "instantiate"
 
 
@@ -127,18 +193,20 @@ def is_faster_flipped(product: Product) -> bool:
     return _compat.backend() == "cpu" and 64 <= p < d
 
 
-def product_chunk(product: Product, itemsize: int) -> int:
-    """How many examples' Aᵀ B are built at once."""
+def product_bytes(product: Product, form: str, itemsize: int) -> int:
+    """Bytes of what is built for one example: G or the two T × T arrays, and the patches of a convolution."""
     n, t, d, p = product.dims
-    limit = _CHUNK_BYTES.get(_compat.backend(), _CHUNK_BYTES_ACCELERATOR)
-    if _compat.backend() == "cpu" and not product.rearranges:
-        return 8 if 8 * n * d * (p + t) * itemsize <= 4 * limit else 4
-    return max(1, limit // (n * d * p * itemsize))
+    patches = 0 if product.rearranges else n * t * d
+    built = {"closed": 0, "gram": 2 * n * t * t, "instantiate": n * d * p}[form]
+    return (built + patches) * itemsize
 
 
-def group_chunk(program: Program, group: GroupPlan) -> int:
-    """How many examples' gradients of a group are built at once."""
-    views = {var for use, positions in group.uses for p in positions for var in use.variables(p)}
-    variables = [*views, *(program.parameters[i] for i in group.parameters)]
-    size = sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in variables)
-    return max(1, _GROUP_BYTES // max(size, 1))
+def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int:
+    """How many examples' arrays are built at once."""
+    size = max(1, product_bytes(product, form, itemsize))
+    chunk = max(1, limit // size)
+    if form == "instantiate" and _compat.backend() == "cpu":
+        if product.rearranges:
+            return min(chunk, max(1, _CACHE_BYTES // size))
+        return min(chunk, 8 if 8 * size <= 4 * _CACHE_BYTES else 4)
+    return chunk

@@ -1,0 +1,82 @@
+"""Most uses of a parameter are a product in disguise.
+
+For one example, with N independent products over T positions,
+
+    G[n] = A[n]ᵀ B[n],    A [N, T, D] from the input, B [N, T, P] from the cotangent of the output,
+
+is the gradient of the view, rearranged; a convolution is such a product over the patches of its input. Then
+‖G‖² = Σₙ ⟨A Aᵀ, B Bᵀ⟩ (Gram), or ‖A‖² ‖B‖² where T = 1, needs no G.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Product(NamedTuple):
+    """A use whose view's gradient is G[n] = A[n]ᵀ B[n], rearranged; for one example."""
+
+    factors: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (input, cotangent) → (A, B)
+    to_view: Callable[[jax.Array], jax.Array]  # G [N, D, P] → a gradient of the view's shape
+    dims: tuple[int, int, int, int]  # N, T, D, P
+    precision: Any = None  # of the products, as in jax.lax.dot_general
+    rearranges: bool = True  # whether A only rearranges the input; patches are many times the input
+
+
+def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
+    """The lengths of some axes of a shape."""
+    return tuple(shape[i] for i in axes)
+
+
+def dot_general(eqn: Any, view: int) -> Product:
+    """lax.dot_general with any dimension numbers, the parameter on either side."""
+    contract, batch = eqn.params["dimension_numbers"]
+    other = 1 - view
+    shapes = [var.aval.shape for var in eqn.invars]
+    free = [[i for i in range(len(s)) if i not in contract[k] and i not in batch[k]] for k, s in enumerate(shapes)]
+    named = {
+        "N": sizes(shapes[view], batch[view]),
+        "T": sizes(shapes[other], free[other]),
+        "D": sizes(shapes[view], contract[view]),
+        "P": sizes(shapes[view], free[view]),
+    }
+    n, t, d, p = (math.prod(named[name]) for name in "NTDP")
+
+    def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        a = x.transpose(*batch[other], *free[other], *contract[other]).reshape(n, t, d)
+        # The output's axes are the batch, then the left side's, then the right side's.
+        if view == 0:
+            return a, cotangent.reshape(n, p, t).transpose(0, 2, 1)
+        return a, cotangent.reshape(n, t, p)
+
+    def to_view(gradient: jax.Array) -> jax.Array:
+        order = (*batch[view], *contract[view], *free[view])
+        spread = gradient.reshape(*named["N"], *named["D"], *named["P"])
+        return spread.transpose(*(order.index(axis) for axis in range(len(order))))
+
+    return Product(factors, to_view, (n, t, d, p), eqn.params["precision"])
+
+
+def lift(product: Product, length: int, is_slice: bool) -> Product:
+    """The product of a use in the body of a scan: positions of all steps together; a slice has its own in each step."""
+    n, t, d, p = product.dims
+
+    def join(factor: jax.Array) -> jax.Array:
+        if is_slice:
+            return factor.reshape(length * n, t, -1)
+        return jnp.moveaxis(factor, 0, 1).reshape(n, length * t, -1)
+
+    def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        a, b = jax.vmap(product.factors)(x, cotangent)
+        return join(a), join(b)
+
+    if not is_slice:
+        return product._replace(factors=factors, dims=(n, length * t, d, p))
+
+    def to_view(gradient: jax.Array) -> jax.Array:
+        return jax.vmap(product.to_view)(gradient.reshape(length, n, d, p))
+
+    return product._replace(factors=factors, to_view=to_view, dims=(length * n, t, d, p))
