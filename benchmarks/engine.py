@@ -1,122 +1,142 @@
 """What exact per-example statistics cost: `grad_moments` against one plain gradient of the mean loss.
 
-    python -m benchmarks.engine [--repeats 40] [--out benchmarks/results/engine.json]
+    python -m benchmarks.engine [--repeats 10] [--out benchmarks/results/engine.json] [--models MLP ViT]
 
-Both sides, and vmap(grad) as the plain reference, run in one process on the same model and batch, in turn; the ratio is
-that of the medians. Memory is what the compiled programs say they need beside arguments and results, in 10^6 bytes,
-against the size of an array of batch × parameters.
+Four sides run in one process on the same model and batch, in turn: the plain gradient, cg_jax, vmap(grad), and
+optax.microbatching.micro_grad with the best of several `microbatch_size`s. Each but the first yields the sum and the
+squared norms of the per-example gradients. A ratio is that of the medians. The slow sides take their turns apart from
+the two fast ones, beside further runs of the plain gradient, so that what they leave in the caches disturbs neither.
+
+Memory is what the compiled programs need beside arguments and results, in 10^6 bytes. Compile time is tracing, lowering
+and compiling, in seconds.
 """
 
 import dataclasses
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import optax
 import tyro
+from optax import microbatching
 from tqdm.auto import tqdm
 
 import cg_jax as cg
-from experiments import models
+from benchmarks.models import MODELS, Model, make
+from benchmarks.timing import alternate, machine
+
+# Above this size of an array of batch × parameters, vmap(grad) is left out: it would not fit.
+_VMAP_BYTES = 6e9
+# Models and batches too large for this machine to time vmap on more than a few times.
+_SLOW_REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A model and a batch."""
+class Program:
+    """A compiled side, and what it took to compile it."""
 
-    name: str
-    model: str
-    image: tuple[int, int, int]
-    batch_size: int
-
-
-CASES = (
-    Case("MLP 784-512-512-10", "mlp", (28, 28, 1), 128),
-    Case("CNN 5x5 (16, 32)", "cnn", (28, 28, 1), 128),
-    Case("ResNet-8 GroupNorm", "resnet", (32, 32, 3), 32),
-)
+    run: Callable[[], Any]
+    temp_mb: float
+    compile_s: float
 
 
-def sides(case: Case) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
-    """(name → run once, sizes) of the compiled programs of a case."""
-    model = models.build(case.model, None, None, 10)
-    loss_fn = models.loss_of(model)
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.normal(size=(case.batch_size, *case.image)), jnp.float32)
-    batch = (images, jnp.asarray(rng.integers(0, 10, case.batch_size), jnp.int32))
-    params = jax.jit(model.init)(jax.random.key(0), images[:1])
+def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
+    """`function`, compiled for `arguments`, from empty caches."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    temp = float("nan") if memory is None else memory.temp_size_in_bytes / 1e6
+    return Program(lambda: jax.block_until_ready(program(*arguments)), temp, seconds)
+
+
+def micro(loss_fn: Callable[..., jax.Array], size: int) -> Callable[..., Any]:
+    """Sum and squared norms by optax's own micro-batched per-example gradients."""
+    return microbatching.micro_grad(
+        loss_fn,
+        keep_batch_dim=False,
+        microbatch_size=size,
+        metrics_fn=lambda grads: jax.tree.map(lambda g: (g * g).sum(), grads),
+    )
+
+
+def tuned_micro(loss_fn: Callable[..., jax.Array], params: Any, batch: Any, batch_size: int, largest: int) -> Any:
+    """(the fastest micro_grad, its microbatch_size), each tried twice."""
+    best: tuple[float, int, Program] | None = None
+    for size in sorted({n for n in (1, 4, 16, 64, batch_size) if n <= largest and batch_size % n == 0}):
+        program = compiled(micro(loss_fn, size), params, batch)
+        ms = alternate({"it": program.run}, 1)["it"]
+        if best is None or ms < best[0]:
+            best = (ms, size, program)
+    assert best is not None
+    return best[2], best[1]
+
+
+def measure(model: Model, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Medians, ratios, memory and compile times of all sides on one model and batch."""
+    loss_fn, params, batch = make(model, batch_size)
 
     def plain(params: Any, batch: Any) -> Any:
         return jax.grad(lambda p: jax.vmap(loss_fn, in_axes=(None, 0))(p, batch).mean())(params)
 
-    functions = {
-        "plain": plain,
-        "ghost": lambda p, b: cg.grad_moments(loss_fn)(p, b),
-        "vmap": lambda p, b: cg.grad_moments(loss_fn, method="vmap")(p, b),
+    fast = {
+        "plain": compiled(plain, params, batch),
+        "cg_jax": compiled(lambda p, b: cg.grad_moments(loss_fn)(p, b), params, batch),
     }
-    compiled = {name: jax.jit(function).lower(params, batch).compile() for name, function in functions.items()}
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    sizes = {"num_params": count, "batch_times_params_mb": case.batch_size * count * 4 / 1e6}
-    for name, program in compiled.items():
-        memory = program.memory_analysis()
-        sizes[f"{name}_temp_mb"] = float("nan") if memory is None else memory.temp_size_in_bytes / 1e6
-    runs = {
-        name: lambda program=program: jax.block_until_ready(program(params, batch))
-        for name, program in compiled.items()
-    }
-    return runs, sizes
+    row = {"num_params": count, "batch_times_params_mb": batch_size * count * 4 / 1e6}
+    times = alternate({name: program.run for name, program in fast.items()}, repeats)
+    largest = max(1, int(_VMAP_BYTES // (4 * count)))
+    slow: dict[str, Program] = {}
+    if batch_size <= largest:
+        slow["vmap"] = compiled(lambda p, b: cg.grad_moments(loss_fn, method="vmap")(p, b), params, batch)
+    slow["micro_grad"], row["microbatch_size"] = tuned_micro(loss_fn, params, batch, batch_size, largest)
+    beside = alternate(
+        {"plain": fast["plain"].run, **{name: program.run for name, program in slow.items()}}, _SLOW_REPEATS
+    )
+    for name, program in (fast | slow).items():
+        against = times if name in times else beside
+        row |= {
+            f"{name}_ms": against[name],
+            f"{name}_ratio": against[name] / against["plain"],
+            f"{name}_temp_mb": program.temp_mb,
+            f"{name}_compile_s": program.compile_s,
+        }
+    return row
 
 
-def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of each side, taken in turn, and their ratios to the plain gradient."""
-    runs, sizes = sides(case)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for repeat in tqdm(range(repeats), desc=case.name, leave=False):
-        for name, run in runs.items():
-            if name == "vmap" and repeat % 4:
-                continue
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    medians = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    ratios = {f"{name}_ratio": medians[f"{name}_ms"] / medians["plain_ms"] for name in ("ghost", "vmap")}
-    return dataclasses.asdict(case) | medians | ratios | sizes
+def line(name: str, row: dict[str, Any]) -> str:
+    """One line of the table."""
+    vmap = f"{row['vmap_ratio']:8.2f}" if "vmap_ratio" in row else "       –"
+    temp = "".join(f"{row.get(f'{side}_temp_mb', float('nan')):8.0f}" for side in ("plain", "cg_jax", "vmap"))
+    return (f"{name:32}{row['batch_size']:5}{row['plain_ms']:10.1f}{row['cg_jax_ratio']:8.2f}{vmap}"
+            f"{row['micro_grad_ratio']:8.2f} ({row['microbatch_size']:3}){temp}"
+            f"{row['cg_jax_compile_s'] / row['plain_compile_s']:9.1f}")  # fmt: skip
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "devices": [device.device_kind for device in jax.devices()],
-    }
-
-
-def main(repeats: Annotated[int, tyro.conf.arg(help="Runs of each side.")] = 40, out: Path | None = None) -> None:
-    """Measure every case, print a table, and write it to `out`."""
+def main(repeats: int = 10, out: Path | None = None, models: tuple[str, ...] = ()) -> None:
+    """Measure every model at every batch size, print a table, and write it to `out`; `models`: names to begin with."""
     results = []
-    print(f"{'model':24}{'B':>5}{'plain ms':>10}{'ghost ms':>10}{'ratio':>7}{'vmap ratio':>12}{'temp MB: plain':>16}"
-          f"{'ghost':>8}{'vmap':>8}{'B x P':>8}")  # fmt: skip
-    for case in CASES:
-        r = measure(case, repeats)
-        results.append(r)
-        print(f"{r['name']:24}{r['batch_size']:5}{r['plain_ms']:10.2f}{r['ghost_ms']:10.2f}{r['ghost_ratio']:7.2f}"
-              f"{r['vmap_ratio']:12.1f}{r['plain_temp_mb']:16.1f}{r['ghost_temp_mb']:8.1f}{r['vmap_temp_mb']:8.1f}"
-              f"{r['batch_times_params_mb']:8.1f}")  # fmt: skip
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine(), "repeats": repeats, "results": results}, indent=2) + "\n")
+    print(f"{'model':32}{'B':>5}{'plain ms':>10}{'cg_jax':>8}{'vmap':>8}{'micro (size)':>14}"
+          f"{'MB: plain':>8}{'cg_jax':>8}{'vmap':>8}{'compile':>8}")  # fmt: skip
+    cases = [
+        (name, size)
+        for name, model in MODELS.items()
+        for size in model.batch_sizes
+        if not models or name.startswith(models)
+    ]
+    for name, batch_size in tqdm(cases, desc="engine", leave=False):
+        row = {"name": name, "batch_size": batch_size} | measure(MODELS[name], batch_size, repeats)
+        results.append(row)
+        tqdm.write(line(name, row))
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            record = {"machine": machine(), "optax": optax.__version__, "repeats": repeats, "results": results}
+            out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

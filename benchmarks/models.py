@@ -78,7 +78,7 @@ MODELS = {
     "MLP 784-512-512-10": Model(MLP(), (28, 28, 1), (8, 32, 128, 512)),
     "CNN 5x5 (16, 32)": Model(CNN(), (28, 28, 1), (8, 32, 128, 512)),
     "ResNet-8 GroupNorm": Model(ResNet(), (32, 32, 3), (8, 32, 128)),
-    "ResNet-18 GroupNorm": Model(ResNet(width=64, depth=18), (32, 32, 3), (8, 32)),
+    "ResNet-18 GroupNorm": Model(ResNet(width=64, depth=18), (32, 32, 3), (8, 32, 128)),
     "ViT patch 4, dim 192, 6 blocks": Model(ViT(), (32, 32, 3), (8, 32, 128)),
     "GPT dim 256, 4 blocks, tied": Model(GPT(), (256,), (8, 32)),
 }

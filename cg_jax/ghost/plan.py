@@ -3,11 +3,12 @@
 The choice is by operations and bytes, measured in benchmarks/crossover.py and told in docs/engine.md:
 
 - T = 1: ‖a‖² ‖b‖², nothing is built.
-- Instantiating G = AᵀB takes T D P multiplications, the same as the sum alone, and the sum comes from the same arrays;
-  but D P numbers per example are written and read. Gram takes the sum, and T² (D + P) multiplications more. So the known
-  limit by operations, T < D P / (D + P), which pays for the sum apart, is not the right one: Gram wins by what it does
-  not write, and each such number was measured to be worth about 20 multiplications: T² (D + P) ≤ 20 D P. It is 4 where A
-  holds patches, which Gram must keep. On an accelerator the known limit by memory, 2 T² ≤ D P, stands until measured.
+- Instantiating G = AᵀB takes T D P multiplications, as the sum alone does, and the sum comes from the same arrays;
+  but D P numbers per example are written and read. Gram takes the sum, and T² (D + P) multiplications more. So the
+  known limit by operations, T < D P / (D + P), which pays for the sum apart, is not the right one: Gram wins by what
+  it does not write, and such a number was measured to be worth about 20 multiplications: T² (D + P) ≤ 20 D P. It is 4
+  where A holds patches, which Gram must keep. On an accelerator the known limit by memory, 2 T² ≤ D P, stands until it
+  is measured.
 """
 
 import dataclasses

@@ -1,0 +1,330 @@
+"""What per-example gradient norms cost in BackPACK and Opacus, against their own plain backward pass (PyTorch, CPU).
+
+    python -m benchmarks.peers [--repeats 10] [--out benchmarks/results/peers.json] [--models MLP ViT]
+
+The models are those of benchmarks/models.py, written in PyTorch. Four sides run in one process on the same weights and
+batch, in turn: plain (forward and backward of the mean loss), BackPACK's `BatchL2Grad`, Opacus' `GradSampleModule`
+followed by the norms of every `grad_sample`, and Opacus' `GradSampleModuleFastGradientClipping` with ghost clipping up to
+`get_norm_sample`, thus without the second backward pass that would clip. Every side but the first yields the norms beside
+the gradient of the mean loss. A ratio is that of the medians, on two threads, in float32 and eager mode.
+
+The norms are compared with a loop over two examples. A peer that cannot do a model has null, and its message as the note.
+JAX is not needed here, but torch, backpack-for-pytorch and opacus are.
+"""
+
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+from backpack import backpack, extend
+from backpack.extensions import BatchL2Grad
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+_THREADS = 2
+_RTOL = 1e-4
+_LOOPED = 2  # examples that the norms are compared on
+
+
+def mlp() -> nn.Module:
+    """784-512-512-10."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )
+
+
+def cnn() -> nn.Module:
+    """Two convolutions of 5×5 with max-pooling, one hidden dense layer."""
+    first = (nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
+    second = (nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def _norm(features: int) -> nn.Module:
+    return nn.GroupNorm(min(8, features), features, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """norm-ReLU-conv twice, beside the input."""
+
+    def __init__(self, channels: int, features: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _norm(channels), _norm(features)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.conv1 = nn.Conv2d(channels, features, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
+        changes = channels != features or stride > 1
+        self.shortcut = nn.Conv2d(channels, features, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, channels, height, width] → [B, features, height/stride, width/stride]."""
+        y = self.relu1(self.norm1(x))
+        x = x if self.shortcut is None else self.shortcut(y)
+        return x + self.conv2(self.relu2(self.norm2(self.conv1(y))))
+
+
+def resnet(width: int, stages: int, blocks: int) -> nn.Module:
+    """Pre-activation residual network with GroupNorm."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
+    channels = width
+    for stage in range(stages):
+        for block in range(blocks):
+            layers.append(ResidualBlock(channels, width * 2**stage, 2 if stage and not block else 1))
+            channels = width * 2**stage
+    head = (_norm(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    return nn.Sequential(*layers, *head)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then an MLP four times as wide."""
+
+    def __init__(self, dim: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, dim] → [B, T, dim]."""
+        y = self.norm1(x)
+        q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """ViT or GPT. Positions come from an `nn.Embedding`: Opacus has no rule of its own for a bare parameter."""
+
+    def __init__(self, embed: nn.Module, head: nn.Module, length: int, dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.length, self.images = length, isinstance(embed, nn.Conv2d)
+        self.embed, self.head = embed, head
+        self.position = nn.Embedding(length, dim)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.blocks = nn.Sequential(*(Block(dim, heads, causal=not self.images) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, channels, height, width] → logits [B, 10]; tokens [B, T] → logits [B, T, vocabulary]."""
+        ids = torch.arange(self.length).expand(x.shape[0], -1)
+        x = self.embed(x)
+        if self.images:
+            x = x.flatten(2).transpose(1, 2)
+        x = self.norm(self.blocks(x + self.position(ids)))
+        return self.head(x.mean(1) if self.images else x)
+
+
+def vit(dim: int = 192) -> nn.Module:
+    """Patches of 4×4, 6 blocks, 3 heads, mean pooling."""
+    return Transformer(nn.Conv2d(3, dim, 4, 4), nn.Linear(dim, 10), 64, dim, 6, 3)
+
+
+def gpt(vocabulary: int = 8192, dim: int = 256) -> nn.Module:
+    """4 blocks, 4 heads, 256 tokens; the embedding is the softmax's matrix too."""
+    embed, head = nn.Embedding(vocabulary, dim), nn.Linear(dim, vocabulary, bias=False)
+    nn.init.normal_(embed.weight, std=dim**-0.5)
+    head.weight = embed.weight
+    return Transformer(embed, head, 256, dim, 4, 4)
+
+
+class Model(NamedTuple):
+    """A model of the benchmark."""
+
+    build: Callable[[], nn.Module]
+    example: tuple[int, ...]  # shape of one image, or (tokens,)
+    batch_size: int
+
+
+MODELS = {
+    "MLP 784-512-512-10": Model(mlp, (1, 28, 28), 128),
+    "CNN 5x5 (16, 32)": Model(cnn, (1, 28, 28), 128),
+    "ResNet-8 GroupNorm": Model(lambda: resnet(16, 3, 1), (3, 32, 32), 32),
+    "ResNet-18 GroupNorm": Model(lambda: resnet(64, 4, 2), (3, 32, 32), 32),
+    "ViT patch 4, dim 192, 6 blocks": Model(vit, (3, 32, 32), 32),
+    "GPT dim 256, 4 blocks, tied": Model(gpt, (256,), 8),
+}
+
+Run = Callable[[], torch.Tensor]
+
+
+def batch_of(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs, labels), random."""
+    torch.manual_seed(0)
+    if len(model.example) == 1:
+        tokens = torch.randint(0, 8192, (model.batch_size, *model.example))
+        return tokens, tokens.roll(-1, 1)
+    return torch.randn(model.batch_size, *model.example), torch.randint(0, 10, (model.batch_size,))
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the batch, and over tokens where there are any."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def plain(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
+    """Forward and backward; yields the loss."""
+
+    def run() -> torch.Tensor:
+        model.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        return loss
+
+    return run
+
+
+def backpack_norms(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
+    """BackPACK, its converter making modules of sums and permutations."""
+    extended = extend(model, use_converter=True)
+    params = list(extended.parameters())
+
+    def run() -> torch.Tensor:
+        extended.zero_grad()
+        with backpack(BatchL2Grad()):
+            loss_of(extended(x), y).backward()
+        # Its gradients are those of the mean: 1/B of the examples' own.
+        return len(x) * torch.stack([p.batch_l2 for p in params]).sum(0).sqrt()
+
+    return run
+
+
+def opacus_norms(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
+    """Opacus with per-example gradients, then their norms."""
+    wrapped = GradSampleModule(model)
+    params = list(model.parameters())
+
+    def run() -> torch.Tensor:
+        wrapped.zero_grad(set_to_none=True)
+        loss_of(wrapped(x), y).backward()
+        return torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in params]).norm(dim=0)
+
+    return run
+
+
+def ghost_norms(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
+    """Opacus with norms by Gram matrices where it has them; elsewhere it instantiates layer by layer."""
+    wrapped = GradSampleModuleFastGradientClipping(model, use_ghost_clipping=True)
+
+    def run() -> torch.Tensor:
+        wrapped.zero_grad(set_to_none=True)
+        loss_of(wrapped(x), y).backward()
+        return wrapped.get_norm_sample()
+
+    return run
+
+
+SIDES = {"BackPACK": backpack_norms, "Opacus": opacus_norms, "Opacus ghost": ghost_norms}
+
+
+def note_of(side: str, model: nn.Module) -> str:
+    """The layers of `model` whose gradients Opacus' ghost clipping instantiates."""
+    if side != "Opacus ghost":
+        return ""
+    kinds = {type(m) for m in model.modules() if any(True for _ in m.parameters(recurse=False))}
+    names = sorted(kind.__name__ for kind in kinds - set(GradSampleModuleFastGradientClipping.NORM_SAMPLERS))
+    return "instantiates " + ", ".join(names) if names else ""
+
+
+def looped_norms(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Norms of the first examples' gradients, one by one."""
+    norms = []
+    for i in range(_LOOPED):
+        grads = torch.autograd.grad(loss_of(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters()))
+        norms.append(sum(g.square().sum() for g in grads) ** 0.5)
+    return torch.stack(norms)
+
+
+def attempt(side: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[Run | None, dict[str, Any]]:
+    """(the side, or None where it fails; what is known of it before it is timed)."""
+    record: dict[str, Any] = {"ms": None, "ratio": None, "note": note_of(side, model)}
+    try:
+        with warnings.catch_warnings():
+            # BackPACK warns of a layer with parameters that it has no rule for, and leaves it out of the norms.
+            warnings.filterwarnings("error", message="Extension saving to")
+            run = SIDES[side](copy.deepcopy(model), x, y)
+            norms = run()[:_LOOPED].detach()
+    except Exception as error:
+        record["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return None, record
+    expected = looped_norms(model, x, y)
+    record["max_relative_error"] = ((norms - expected).abs() / expected).max().item()
+    record["agrees"] = torch.allclose(norms, expected, rtol=_RTOL, atol=0)
+    return run, record
+
+
+def alternate(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+    """Median milliseconds of every side, all of them in turn, after one run that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name] += [1e3 * (time.perf_counter() - start)] if i else []
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(name: str, repeats: int) -> dict[str, Any]:
+    """Medians and ratios of all sides on one model."""
+    x, y = batch_of(MODELS[name])
+    model = MODELS[name].build()
+    runs, sides = {"plain": plain(copy.deepcopy(model), x, y)}, {}
+    for side in SIDES:
+        run, sides[side] = attempt(side, model, x, y)
+        if run is not None:
+            runs[side] = run
+    times = alternate(runs, repeats)
+    for side in runs.keys() & sides.keys():
+        sides[side] |= {"ms": times[side], "ratio": times[side] / times["plain"]}
+    count = sum(p.numel() for p in model.parameters())
+    row = {"name": name, "batch_size": len(x), "num_params": count, "plain_ms": times["plain"]}
+    return row | {"sides": sides}
+
+
+def lines(row: dict[str, Any]) -> str:
+    """One line of the table, and the notes below it; `!` marks norms that differ from the loop's."""
+    text = f"{row['name']:32}{row['batch_size']:5}{row['plain_ms']:10.1f}"
+    for side in row["sides"].values():
+        text += f"{'–':>14}" if side["ratio"] is None else f"{side['ratio']:13.2f}{' ' if side['agrees'] else '!'}"
+    return text + "".join(f"\n    {name}: {side['note']}" for name, side in row["sides"].items() if side["note"])
+
+
+def main(repeats: int = 10, out: Path | None = None, models: tuple[str, ...] = ()) -> None:
+    """Measure every model, print a table of ratios, and write it to `out`; `models`: names to begin with."""
+    torch.set_num_threads(_THREADS)
+    warnings.filterwarnings("ignore", message="Full backward hook|Encountered node that may break")
+    host = {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "threads": _THREADS,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    packages = ("torch", "backpack-for-pytorch", "opacus", "opt-einsum")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    results = []
+    print(f"{'model':32}{'B':>5}{'plain ms':>10}" + "".join(f"{side:>13} " for side in SIDES))
+    for name in tqdm([name for name in MODELS if not models or name.startswith(models)], desc="peers", leave=False):
+        results.append(measure(name, repeats))
+        tqdm.write(lines(results[-1]))
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            record = {"machine": host, "versions": versions, "repeats": repeats, "results": results}
+            out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
