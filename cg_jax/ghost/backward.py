@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
-from cg_jax.ghost.capture import Nested, Program, Site, evaluate, read_all, uses_of
+from cg_jax.ghost.capture import Nested, Program, Site, evaluate, has_gradient, read_all, uses_of
 
 # For each use: its dynamic operands, and the cotangents of its outputs, all [B, ...]; [B, length, ...] in a scan.
 Traces = dict[tuple[int, ...], tuple[list[jax.Array], list[jax.Array]]]
@@ -33,8 +33,12 @@ def backward(
         return loss, seen
 
     taps = _zero_taps(program, (weights.shape[0],))
-    losses, pull, seen = jax.vjp(lambda taps: jax.vmap(one)(taps, examples), taps, has_aux=True)
-    (cotangents,) = pull(weights.astype(losses.dtype))
+    try:
+        losses, pull, seen = jax.vjp(lambda taps: jax.vmap(one)(taps, examples), taps, has_aux=True)
+        (cotangents,) = pull(weights.astype(losses.dtype))
+    except (ValueError, NotImplementedError) as error:
+        _raise_located(program, error)
+        raise
 
     def at(tree: Any, key: tuple[int, ...]) -> Any:
         for index in key:
@@ -42,6 +46,17 @@ def backward(
         return tree
 
     return losses, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}
+
+
+def _raise_located(program: Program, error: Exception) -> None:
+    """The error of a loss that JAX cannot differentiate, with the equation that it cannot."""
+    for eqn in program.dynamic:
+        positions = [i for i, atom in enumerate(eqn.invars) if has_gradient(atom)]
+        if positions and not _compat.has_reverse_mode(eqn, positions):
+            raise ValueError(
+                "Expected a loss_fn that jax.grad can differentiate, got one whose gradient passes through "
+                f"{eqn.primitive.name}, at {_compat.source_of(eqn) or 'an unknown line'}, which has no reverse mode: {error}"
+            ) from error
 
 
 def _zero_taps(program: Program, leading: tuple[int, ...]) -> dict[int, Any]:

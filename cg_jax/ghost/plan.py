@@ -102,11 +102,11 @@ def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]], li
         return f"several parameters meet in one {name}"
     (view,) = use.variables(position)
     chain = isometric_view(program, view)
-    if name in _ELEMENTWISE and (chain is not None or _is_broadcast(program, view)):
+    rule = None if chain is None else _rule(use, position)
+    if rule is None and name in _ELEMENTWISE and (chain is not None or _is_broadcast(program, view)):
         return ""
     if chain is None:
         return f"transformed by other parameters or by more than a rearrangement before {name}"
-    rule = _rule(use, position)
     if rule is None:
         return f"no rule for {name} here: its own vjp"
     form = "norm" if isinstance(rule, Norm) else product_form(rule)
