@@ -20,7 +20,9 @@ types: .venv/stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/stamp
+	$(BIN)/python -m benchmarks.crossover --out benchmarks/results/crossover.json
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
+	$(BIN)/python -m benchmarks.figures
 
 # Where there is an NVIDIA GPU, JAX's plugin for it goes in too.
 .venv/stamp: requirements.txt setup.cfg pyproject.toml

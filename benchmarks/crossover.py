@@ -17,17 +17,16 @@ import numpy as np
 import tyro
 from tqdm.auto import tqdm
 
-import cg_jax as cg
 from benchmarks.timing import alternate, machine
-from cg_jax.ghost import engine, plan
+from cg_jax.ghost import Product, engine, plan
 
 SIZES = ((192, 192), (512, 512), (1024, 256), (2048, 512))
 POSITIONS = (2, 4, 8, 16, 32, 64, 128)
 BATCH = 32
 
 
-def _product(t: int, d: int, p: int) -> cg.ghost.Product:
-    return cg.ghost.Product(lambda a, b: (a[None], b[None]), lambda g: g[0], (1, t, d, p))
+def _product(t: int, d: int, p: int) -> Product:
+    return Product(lambda a, b: (a[None], b[None]), lambda g: g[0], (1, t, d, p))
 
 
 def _times(t: int, d: int, p: int, repeats: int) -> dict[str, float]:

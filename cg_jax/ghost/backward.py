@@ -53,9 +53,10 @@ def _raise_located(program: Program, error: Exception) -> None:
     for eqn in program.dynamic:
         positions = [i for i, atom in enumerate(eqn.invars) if has_gradient(atom)]
         if positions and not _compat.has_reverse_mode(eqn, positions):
+            where = _compat.source_of(eqn) or "an unknown line"
             raise ValueError(
                 "Expected a loss_fn that jax.grad can differentiate, got one whose gradient passes through "
-                f"{eqn.primitive.name}, at {_compat.source_of(eqn) or 'an unknown line'}, which has no reverse mode: {error}"
+                f"{eqn.primitive.name}, at {where}, which has no reverse mode: {error}"
             ) from error
 
 
