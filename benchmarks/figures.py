@@ -38,11 +38,13 @@ def costs(results: list[dict[str, Any]], path: Path) -> None:
             axis.set_xticks(sorted({row["batch_size"] for row in rows}))
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes[0, column].set_title(name.replace(" GroupNorm", "\nGroupNorm").replace(", ", "\n", 1), fontsize=9)
+        axes[0, column].set_title(
+            name.replace(" GroupNorm", "\nGroupNorm").replace(", dim", "\ndim").replace("GPT ", "GPT\n"), fontsize=9
+        )
         axes[1, column].set_xlabel("batch size (examples)")
     axes[0, 0].set_ylabel("time / that of a plain gradient")
     axes[1, 0].set_ylabel("temporary memory / same")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, -1].legend(fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

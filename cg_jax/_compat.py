@@ -47,12 +47,18 @@ def inner_jaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     return None if key is None else _closed(eqn.params[key])
 
 
+def _scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many begin the carry."""
+    if "ft_in" in eqn.params:  # from JAX 0.12 on
+        consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
+        return len(list(consts)), len(list(carry))
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
 def body_of(eqn: Any) -> Body | None:
     """The body of a scan or a checkpoint, else None."""
     if eqn.primitive.name == "scan":
-        return Body(
-            *_closed(eqn.params["jaxpr"]), eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
-        )
+        return Body(*_closed(eqn.params["jaxpr"]), *_scan_counts(eqn), eqn.params["length"])
     if eqn.primitive.name in _REMATERIALISED and not eqn.params.get("differentiated"):
         return Body(*_closed(eqn.params["jaxpr"]), len(eqn.invars), 0, None)
     return None

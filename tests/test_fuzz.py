@@ -1,5 +1,6 @@
 """Random small programs: the engine against the float64 oracle. CG_JAX_FUZZ=500 runs that many."""
 
+import itertools
 import os
 
 import jax
@@ -14,6 +15,7 @@ import cg_jax as cg
 
 B, T, D = 3, 4, 4
 NUMBER = int(os.environ.get("CG_JAX_FUZZ", "50"))
+RUNS = itertools.count(1)
 
 # Each part takes [T, D] to [T, D] by a matrix [D, D] and a vector [D], views of parameters.
 PARTS = {
@@ -59,6 +61,8 @@ STEP = st.tuples(
 @settings(deadline=None, max_examples=NUMBER, derandomize=NUMBER == 50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(STEP, min_size=1, max_size=5), st.integers(0, 2**16))
 def test_random_programs(program, seed):
+    if next(RUNS) % 20 == 0:
+        jax.clear_caches()  # hundreds of compiled programs use up the memory maps that a process may have
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
         params = {
