@@ -49,7 +49,7 @@ def inner_jaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
 
 def _scan_counts(eqn: Any) -> tuple[int, int]:
     """How many of a scan's operands are constants, and how many begin the carry."""
-    if "ft_in" in eqn.params:  # from JAX 0.12 on
+    if "ft_in" in eqn.params:  # newer JAX: operands in groups
         consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
         return len(list(consts)), len(list(carry))
     return eqn.params["num_consts"], eqn.params["num_carry"]
