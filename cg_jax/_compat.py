@@ -105,6 +105,14 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
                 yield from _primitives(inner)
 
 
+def has_custom_vjp(eqn: Any) -> bool:
+    """Whether a custom_vjp decides what an equation's cotangents are: they need not be linear in the output's."""
+    inner = jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr))
+    jaxprs = [leaf for leaf in inner if isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)]
+    names = [eqn.primitive.name, *(name for jaxpr in jaxprs for name in _primitives(jaxpr))]
+    return any(name.startswith("custom_vjp") for name in names)
+
+
 def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
     """Whether `jax.jvp` can do f(*primals). It refuses a custom_vjp: at once, or in a jit only when it is compiled."""
     try:

@@ -328,3 +328,44 @@ def _(p, ids):
 def _(p, x):
     _, ys = lax.scan(lambda c, row: (c + 1.0, (jnp.tanh(c @ p["w"]), row @ p["v"])), jnp.ones(4), x[None])
     return (ys[0] * ys[1]).sum()
+
+
+@jax.custom_vjp
+def _clip_gradient(x):
+    return x
+
+
+_clip_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+
+@jax.custom_vjp
+def _decayed(x):
+    return x
+
+
+_decayed.defvjp(lambda x: (x, x), lambda x, g: (g + 0.3 * x,))
+
+
+@case("a clipped parameter used twice in a body", {"w": 0.5 * _normal(4, 4)}, _normal(B, 4))
+def _(p, x):
+    def body(h):
+        v = _clip_gradient(p["w"])
+        return jnp.tanh(jnp.tanh(h @ v) @ v)
+
+    return jax.checkpoint(body)(x).sum() + lax.scan(lambda h, _: (body(h), None), x, None, length=2)[0].sum()
+
+
+@case("a custom_vjp that answers zero with something", {"w": 0.5 * _normal(4, 4), "v": _normal(4, 4)}, _normal(B, 4))
+def _(p, x):
+    return jnp.tanh(_decayed(jnp.tanh(x @ p["v"])) @ _decayed(p["w"])).sum()
+
+
+@case("a scan of no steps", {"a": _normal(4, 4), "b": _normal(4)}, _normal(B, 4))
+def _(p, x):
+    return lax.scan(lambda h, _: (jnp.tanh(h @ p["a"]), None), x, None, length=0)[0].sum() + x @ p["b"]
+
+
+@case("ids narrower than the table is long", {"e": _normal(300, 3)}, _ids(0, 255, B, 6).astype(np.uint8))
+def _(p, ids):
+    numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
+    return jnp.tanh(lax.gather(p["e"], ids[:, None], numbers, (1, 3), mode="clip")).sum() ** 2

@@ -64,6 +64,10 @@ class Program:
     reach: dict[Any, frozenset[int]]  # static variable → parameters that its gradient reaches
     outputs: tuple[Any, ...]
 
+    def has_custom_vjp(self) -> bool:
+        """Whether a zero cotangent may come back as something else than zero."""
+        return any(_compat.has_custom_vjp(eqn) for eqn in (*self.static, *self.dynamic))
+
     def is_dynamic(self) -> bool:
         """Whether the (one) result depends on the example; if not, it is the same for all."""
         return any(self.outputs[0] in eqn.outvars for eqn in self.dynamic)
@@ -167,10 +171,11 @@ def _classify(flat: Any, parameters: Sequence[Any], inputs: Sequence[Any], nest:
 def _nested(eqn: Any, views: tuple[int, ...], moving: tuple[int, ...]) -> Nested | None:
     """The body of a scan or checkpoint as a program; None where its sites cannot be told from the equation as a whole.
 
-    That is so when a parameter is in the carry, or when a result hangs on parameters alone.
+    That is so when a parameter is in the carry, when a result hangs on parameters alone, or when a custom_vjp stands
+    between a parameter and its uses: it must be given the sum of their cotangents, not one after the other.
     """
     call = _compat.body_of(eqn)
-    if call is None or eqn.effects:
+    if call is None or eqn.effects or call.length == 0:
         return None
     carry = range(call.num_consts, call.num_consts + call.num_carry)
     if set(views) & set(carry):
@@ -180,6 +185,8 @@ def _nested(eqn: Any, views: tuple[int, ...], moving: tuple[int, ...]) -> Nested
     # What is carried is another in every step, so it is never static, even where it is the same for all examples.
     inputs = [var for i, var in enumerate(variables) if i in moving or i in carry]
     body = _classify(flat, [variables[i] for i in views], inputs, nest=False)
+    if any(_compat.has_custom_vjp(static) for static in body.static):
+        return None
     if not body.sites or any(body.reach.get(out) for out in body.outputs if is_var(out)):
         return None
     operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in moving and i not in carry}

@@ -35,6 +35,7 @@ def statistics(
     program = capture.capture(loss_fn, kept, rest, example_of(batch))
     _validate.dependence(capture.reaches_parameters(program))
     size = jax.tree.leaves(batch)[0].shape[0]
+    keep = weights
     weights = jnp.ones(size) if weights is None else weights
     loss = checked_loss(loss_fn, rest)
     if not program.is_dynamic():
@@ -42,7 +43,13 @@ def statistics(
     leaves, structure = jax.tree.flatten(kept)
     env = program.constants | dict(zip(program.parameters, leaves, strict=True))
     evaluate(program.static, env)
-    losses, traces = backward(program, env, jax.tree.leaves(batch), weights)
+    nonlinear = program.has_custom_vjp()
+    if keep is not None and nonlinear:
+        # A custom_vjp may answer a zero cotangent with anything: rows are left out afterwards, by selection.
+        losses, traces = backward(program, env, jax.tree.leaves(batch), jnp.ones(size))
+        traces = {key: (seen, _select(keep, cotangents)) for key, (seen, cotangents) in traces.items()}
+    else:
+        losses, traces = backward(program, env, jax.tree.leaves(batch), weights)
 
     made: dict[int, Yield] = {}
     todo = plan.make_plan(program, max_bytes)
@@ -51,9 +58,11 @@ def statistics(
     for group in todo.groups:
         gradient: Callable[[Any], PyTree]
         if group.whole_loss:
-            gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), (batch, weights)
+            gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), batch
         else:
             gradient, operands = instances.by_sites(program, env, group), [traces[use.key] for use, _ in group.uses]
+        if keep is not None and (nonlinear or group.whole_loss):
+            gradient, operands = _left_out(gradient), (operands, keep)
         yields = _accumulate(gradient, operands, group.chunk)
         made.update(zip(group.parameters, zip(*yields, strict=True), strict=True))
     for i, leaf in enumerate(leaves):
@@ -61,6 +70,18 @@ def statistics(
         made.setdefault(i, (jnp.zeros(size, dtype), jnp.zeros(leaf.shape, dtype)))
     sq_norms, sums = ([made[i][k] for i in range(len(leaves))] for k in (0, 1))
     return losses, jax.tree.unflatten(structure, sq_norms), jax.tree.unflatten(structure, sums)
+
+
+def _select(keep: jax.Array, rows: PyTree) -> PyTree:
+    """Rows, or zeros where `keep` [B] (or a scalar, for one row) is zero."""
+    return jax.tree.map(
+        lambda leaf: jnp.where(keep.reshape(keep.shape + (1,) * (leaf.ndim - keep.ndim)) > 0, leaf, 0), rows
+    )
+
+
+def _left_out(gradient: Callable[[Any], PyTree]) -> Callable[[Any], PyTree]:
+    """`gradient` of (operands, keep): zero where `keep` is."""
+    return lambda row: _select(row[1], gradient(row[0]))
 
 
 def _same_for_all(loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array) -> tuple[jax.Array, PyTree, PyTree]:
@@ -85,8 +106,7 @@ def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
     else:
         sq_norms = without_gradients(rule, tensor.form, operands[0], cotangent, dtype, tensor.chunk)
         # Patches are many times the input: there, where it can, the primitive's own vjp forms the sum.
-        by_factors = rule.rearranges or tensor.use.nested is not None
-        total = sum_of_products(rule, operands[0], cotangent, dtype) if by_factors else None
+        total = sum_of_products(rule, operands[0], cotangent, dtype) if rule.rearranges else None
     if total is None:
         total = _sum_by_vjp(site, env, operands, cotangent, dtype)
     parameter = program.parameters[tensor.parameter]

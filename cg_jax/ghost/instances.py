@@ -45,19 +45,16 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
 def by_whole_loss(
     loss: LossFn, leaves: list[jax.Array], structure: Any, group: GroupPlan
 ) -> Callable[[Any], list[jax.Array]]:
-    """The function (example, weight) → its gradients with respect to the group's tensors, by the whole loss."""
+    """The function of one example → its gradients with respect to the group's tensors, by the whole loss."""
 
-    def gradient(row: tuple[PyTree, jax.Array]) -> list[jax.Array]:
-        example, weight = row
-
-        def weighted(values: list[jax.Array]) -> jax.Array:
+    def gradient(example: PyTree) -> list[jax.Array]:
+        def of_tensors(values: list[jax.Array]) -> jax.Array:
             filled = list(leaves)
             for place, value in zip(group.parameters, values, strict=True):
                 filled[place] = value
-            value = loss(jax.tree.unflatten(structure, filled), example)
-            return value * weight.astype(value.dtype)
+            return loss(jax.tree.unflatten(structure, filled), example)
 
-        return trees.accumulate(jax.grad(weighted)([leaves[i] for i in group.parameters]))
+        return trees.accumulate(jax.grad(of_tensors)([leaves[i] for i in group.parameters]))
 
     return gradient
 

@@ -110,6 +110,8 @@ def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]], li
     if rule is None:
         return f"no rule for {name} here: its own vjp"
     form = "norm" if isinstance(rule, Norm) else product_form(rule)
+    if isinstance(rule, Product) and not rule.rearranges and use.nested is not None:
+        form = "instantiate"  # the primitive's own vjp, which would form the sum, stands in the body
     itemsize = trees.accumulator_dtype(view.aval.dtype).itemsize
     chunk = _norm_chunk(use, limit) if isinstance(rule, Norm) else product_chunk(rule, form, itemsize, limit)
     return RulePlan(parameter, use, view, tuple(chain), rule, form, chunk)
@@ -164,7 +166,7 @@ def group_bytes(program: Program, members: tuple[int, ...], uses: tuple[tuple[Us
     """Bytes of one example's gradients of a group: of its views, and of its tensors."""
     views = {var for use, positions in uses for p in positions for var in use.variables(p)}
     variables = [*views, *(program.parameters[i] for i in members)]
-    return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in variables)
+    return sum(math.prod(var.aval.shape) * trees.accumulator_dtype(var.aval.dtype).itemsize for var in variables)
 
 
 def norm_bytes(use: Use) -> int:

@@ -47,6 +47,8 @@ def gather(eqn: Any, view: int) -> Norm | None:
 
     def sq_norm(operands: list[jax.Array], cotangent: jax.Array) -> jax.Array:
         rows = operands[0].reshape(-1)
+        if jnp.iinfo(rows.dtype).bits < 32:  # the table may be longer than they can count
+            rows = rows.astype(jnp.int32)
         batch = [axis for axis in range(cotangent.ndim) if axis not in offset]
         values = cotangent.transpose(*batch, *offset).reshape(rows.size, -1)
         if clips:
