@@ -18,8 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,6 +32,8 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+from benchmarks.timing import alternate
 
 _THREADS = 2
 _LOOPED, _RTOL = 2, 1e-4  # examples that the norms are compared on, and how closely
@@ -231,17 +231,6 @@ def attempt(side: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tu
     record["max_relative_error"] = ((norms - expected).abs() / expected).max().item()
     record["agrees"] = torch.allclose(norms, expected, rtol=_RTOL, atol=0)
     return run, record
-
-
-def alternate(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of every side, all of them in turn, after one run that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name] += [1e3 * (time.perf_counter() - start)] if i else []
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:

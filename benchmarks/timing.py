@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 
 def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median milliseconds of every side, all of them in turn, after one run that is not counted."""
@@ -25,6 +23,8 @@ def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
+    import jax  # here, so that `alternate` also serves where JAX is not installed
+
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),

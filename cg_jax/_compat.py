@@ -99,18 +99,20 @@ def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
 def _primitives(jaxpr: Any) -> Iterator[str]:
     """The names of the primitives of a jaxpr, those of its inner jaxprs too."""
     for eqn in _closed(jaxpr)[0].eqns:
-        yield eqn.primitive.name
-        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)):
-            if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
-                yield from _primitives(inner)
+        yield from _primitives_of(eqn)
+
+
+def _primitives_of(eqn: Any) -> Iterator[str]:
+    """The name of an equation's primitive, and those of its inner jaxprs."""
+    yield eqn.primitive.name
+    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)):
+        if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
+            yield from _primitives(inner)
 
 
 def has_custom_vjp(eqn: Any) -> bool:
     """Whether a custom_vjp decides what an equation's cotangents are: they need not be linear in the output's."""
-    inner = jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr))
-    jaxprs = [leaf for leaf in inner if isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)]
-    names = [eqn.primitive.name, *(name for jaxpr in jaxprs for name in _primitives(jaxpr))]
-    return any(name.startswith("custom_vjp") for name in names)
+    return any(name.startswith("custom_vjp") for name in _primitives_of(eqn))
 
 
 def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:

@@ -21,6 +21,12 @@ def at_least(name: str, value: int, bound: int) -> int:
     return number
 
 
+def max_bytes(value: int | None) -> None:
+    """ValueError unless `value` is None or a whole number >= 1."""
+    if value is not None:
+        at_least("max_bytes", value, 1)
+
+
 def one_of(name: str, value: str, choices: Collection[str]) -> str:
     """`value`, or ValueError unless it is one of `choices`."""
     if value not in choices:

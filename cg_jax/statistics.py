@@ -93,18 +93,11 @@ def _sq_norms(loss_fn: LossFn, method: str, max_bytes: int | None, params: PyTre
     return batch_statistics(loss_fn, params, batch, None, method, max_bytes).sq_norms
 
 
-def _checked(method: str, max_bytes: int | None) -> None:
-    """ValueError unless the static arguments are right."""
-    _validate.one_of("method", method, METHODS)
-    if max_bytes is not None:
-        _validate.at_least("max_bytes", max_bytes, 1)
-
-
 def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None) -> Callable[..., GradMoments]:
     """The function (params, batch, mask=None) → GradMoments: S = Σ gᵢ and Q = Σ ‖gᵢ‖² per tensor, Σ ℓᵢ, and the count.
 
-    gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters;
-    "vmap" is the plain reference, vmap(grad), and does. Both are exact and agree to rounding.
+    gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters
+    beyond max_bytes; "vmap" is the plain reference, vmap(grad), and does. Both are exact and agree to rounding.
 
     Args:
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object:
@@ -135,7 +128,8 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
         >>> int(moments.count), float(moments.sum_grads), float(moments.sum_sq_norms)
         (3, -12.0, 66.0)
     """
-    _checked(method, max_bytes)
+    _validate.one_of("method", method, METHODS)
+    _validate.max_bytes(max_bytes)
 
     def moments(params: PyTree, batch: PyTree, mask: Any = None) -> GradMoments:
         size = _validate.leading_axis("batch", batch)
@@ -171,7 +165,8 @@ def per_example_sq_norms(
         >>> cg.per_example_sq_norms(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]))
         Array([ 1., 16., 49.], dtype=float32)
     """
-    _checked(method, max_bytes)
+    _validate.one_of("method", method, METHODS)
+    _validate.max_bytes(max_bytes)
 
     def sq_norms(params: PyTree, batch: PyTree) -> PyTree:
         _validate.leading_axis("batch", batch)

@@ -7,7 +7,7 @@ import jax
 
 from cg_jax import _compat, _validate, trees
 from cg_jax.ghost import plan
-from cg_jax.ghost.capture import Use, capture, reaches_parameters, uses_of
+from cg_jax.ghost.capture import Use, capture, reaches_parameters
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.rules import rule_for
@@ -76,20 +76,14 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
         >>> [(row.path, row.rule, row.reason) for row in rows]
         [('b', 'elementwise', ''), ('w', 'closed', '')]
     """
-    if max_bytes is not None:
-        _validate.at_least("max_bytes", max_bytes, 1)
+    _validate.max_bytes(max_bytes)
     params, example = jax.tree.map(_shaped, (params, example))
     kept, rest = trees.partition(params)
     _validate.something_to_differentiate(kept)
     program = capture(loss_fn, kept, jax.tree.map(_value, rest), example)
     _validate.dependence(reaches_parameters(program))
     todo = plan.make_plan(program, max_bytes)
-    used: dict[int, list[Use]] = {i: [] for i in range(len(program.parameters))}
-    for use in uses_of(program):
-        for position in use.site.views:
-            for var in use.variables(position):
-                for parameter in program.reach[var]:
-                    used[parameter].append(use)
+    used = {i: [use for use, _ in uses] for i, uses in plan.uses_by_parameter(program).items()}
     made = {tensor.parameter: _by_rule(tensor) for tensor in todo.rules}
     for group in todo.groups:
         size = plan.group_bytes(program, group.parameters, group.uses)

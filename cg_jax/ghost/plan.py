@@ -71,11 +71,7 @@ class Plan:
 def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
     """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own."""
     limit = max_bytes or _MAX_BYTES.get(_compat.backend(), _MAX_BYTES_ACCELERATOR)
-    found: dict[int, list[tuple[Use, int]]] = {i: [] for i in range(len(program.parameters))}
-    for use in uses_of(program):
-        for position in use.site.views:
-            for parameter in _parameters(program, use, position):
-                found[parameter].append((use, position))
+    found = uses_by_parameter(program)
     rules: list[RulePlan] = []
     reasons: dict[int, str] = {}
     for parameter, uses in found.items():
@@ -85,6 +81,16 @@ def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
         elif plan is not None:
             rules.append(plan)
     return Plan(tuple(rules), _groups(program, {i: found[i] for i in reasons}, reasons, limit))
+
+
+def uses_by_parameter(program: Program) -> dict[int, list[tuple[Use, int]]]:
+    """For every parameter its uses, and the position of the operand that is a view of it."""
+    found: dict[int, list[tuple[Use, int]]] = {i: [] for i in range(len(program.parameters))}
+    for use in uses_of(program):
+        for position in use.site.views:
+            for parameter in _parameters(program, use, position):
+                found[parameter].append((use, position))
+    return found
 
 
 def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:
