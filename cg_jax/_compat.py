@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend import core
 
 # Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp
@@ -146,10 +146,40 @@ def has_reverse_mode(eqn: Any, positions: Sequence[int]) -> bool:
 
     avals = [atom.aval for atom in eqn.invars]
     try:
-        jax.eval_shape(gradient, [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals])
+        jax.eval_shape(gradient, avals)
     except (ValueError, TypeError, NotImplementedError):
         return False
     return True
+
+
+def varying_axes(*trees: Any) -> frozenset[str]:
+    """The axes of an enclosing shard_map that any leaf varies over; none where that is not tracked."""
+    return frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
+
+
+def _varying(value: Any) -> frozenset[str]:
+    aval = value if isinstance(value, ShapedArray | jax.ShapeDtypeStruct) else jax.typeof(value)
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(aval, "vma", None) or frozenset() if kind is None else kind.varying
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """Each leaf, made to vary over those of `axes` that it does not vary over yet; the values stay.
+
+    Inside shard_map a gradient with respect to what is the same on all devices is summed over them. One with respect to
+    what may differ is not.
+    """
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def zeros(like: Any, leading: tuple[int, ...] = ()) -> Any:
+    """Zeros [*leading, *shape] of the dtype of an aval, which vary over the axes that it varies over."""
+    return vary(jax.numpy.zeros((*leading, *like.shape), like.dtype), _varying(like))
 
 
 def is_tracer(value: Any) -> bool:

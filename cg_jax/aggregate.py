@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax.experimental import aggregating
 
-from cg_jax import _validate, trees
+from cg_jax import _compat, _validate, trees
 from cg_jax.per_example import LossFn, checked_loss, require_dependence
 from cg_jax.rules import Rule, mean, median
 
@@ -287,7 +287,7 @@ def micro_batch_grads(loss_fn: LossFn, k: int) -> Callable[[PyTree, PyTree], PyT
         _validate.divides("k", k, "the batch size B", size)
         batch = jax.tree.map(jnp.asarray, batch)
         require_dependence(loss_fn, params, batch)
-        kept, rest = trees.partition(params)
+        kept, rest = trees.partition(_compat.vary(params, _compat.varying_axes(batch)))
         loss = checked_loss(loss_fn, rest)
         groups = jax.tree.map(lambda leaf: leaf.reshape(k, size // k, *leaf.shape[1:]), batch)
         mean_loss = lambda p, group: jax.vmap(loss, in_axes=(None, 0))(p, group).mean()  # noqa: E731

@@ -30,11 +30,7 @@ def checked_loss(loss_fn: LossFn, rest: PyTree) -> LossFn:
 def example_of(batch: PyTree) -> PyTree:
     """The shape and dtype of one example of a batch."""
 
-    def first(leaf: Any) -> jax.ShapeDtypeStruct:
-        aval = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
-
-    return jax.tree.map(first, batch)
+    return jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[0], batch), batch)
 
 
 def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree) -> None:
@@ -52,6 +48,7 @@ def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree) -> None:
 
 def losses_and_grads(loss_fn: LossFn, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
     """(losses [B], gradients like params of [B, *param]), by vmap(value_and_grad)."""
+    params = _compat.vary(params, _compat.varying_axes(batch))
     kept, rest = trees.partition(params)
     require_dependence(loss_fn, params, batch)
     return jax.vmap(jax.value_and_grad(checked_loss(loss_fn, rest)), in_axes=(None, 0))(kept, batch)
@@ -96,8 +93,9 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
 @functools.partial(jax.jit, static_argnums=0)
 def _alignments(loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
     require_dependence(loss_fn, params, batch)
-    kept, rest = trees.partition(params)
-    along, _ = trees.partition(direction)
+    axes = _compat.varying_axes(batch)
+    kept, rest = trees.partition(_compat.vary(params, axes))
+    along, _ = trees.partition(_compat.vary(direction, axes))
     loss = checked_loss(loss_fn, rest)
     along = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), along, kept)
     losses = lambda p: jax.vmap(loss, in_axes=(None, 0))(p, batch)  # noqa: E731

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _validate, ghost, trees
+from cg_jax import _compat, _validate, ghost, trees
 from cg_jax.moments import GradMoments
 from cg_jax.per_example import LossFn, losses_and_grads
 
@@ -59,6 +59,7 @@ def batch_statistics(
     weights = None
     if mask is not None:
         batch, weights = _fill_masked(batch, mask), mask.astype(jnp.float32)
+    params = _compat.vary(params, _compat.varying_axes(batch, weights))
     if method == "ghost":
         losses, sq_norms, sum_grads = ghost.statistics(loss_fn, params, batch, weights, max_bytes)
     else:

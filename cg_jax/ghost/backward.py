@@ -35,7 +35,7 @@ def backward(
     taps = _zero_taps(program, (weights.shape[0],))
     try:
         losses, pull, seen = jax.vjp(lambda taps: jax.vmap(one)(taps, examples), taps, has_aux=True)
-        (cotangents,) = pull(weights.astype(losses.dtype))
+        (cotangents,) = pull(_compat.vary(weights.astype(losses.dtype), _compat.varying_axes(losses)))
     except (ValueError, NotImplementedError) as error:
         _raise_located(program, error)
         raise
@@ -69,7 +69,7 @@ def _zero_taps(program: Program, leading: tuple[int, ...]) -> dict[int, Any]:
             taps[index] = _zero_taps(found.body, leading + length)
         else:
             avals = [found.eqn.outvars[k].aval for k in found.taps]
-            taps[index] = [jnp.zeros((*leading, *aval.shape), aval.dtype) for aval in avals]
+            taps[index] = [_compat.zeros(aval, leading) for aval in avals]
     return taps
 
 

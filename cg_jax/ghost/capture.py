@@ -115,8 +115,7 @@ def _inline(jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any]) -> li
 
 def _flat(jaxpr: Any, constants: Sequence[Any]) -> Any:
     """`jaxpr`, closed, without nested calls."""
-    like = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
-    return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands))(*like)
+    return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands))(*(v.aval for v in jaxpr.invars))
 
 
 def has_gradient(var: Any) -> bool:

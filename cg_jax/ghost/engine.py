@@ -207,7 +207,7 @@ def _accumulate(gradient: Callable[[Any], PyTree], operands: PyTree, chunk: int)
         return trees.add(total, sums), sq_norms
 
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda leaf: leaf[0], operands))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(_compat.zeros, shapes)
     total, sq_norms = jax.lax.scan(step, zeros, head)
     sq_norms = jax.tree.map(lambda leaf: leaf.reshape(-1), sq_norms)
     if size > steps * chunk:

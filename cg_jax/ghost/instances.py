@@ -33,7 +33,7 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
     _, to_parameters = jax.vjp(view_values, [env[parameter] for parameter in parameters])
 
     def gradient(traces: list[Trace]) -> list[jax.Array]:
-        total = {view: jnp.zeros(view.aval.shape, view.aval.dtype) for view in views}
+        total = {view: _compat.zeros(view.aval) for view in views}
         for (use, positions), trace in zip(group.uses, traces, strict=True):
             for view, part in _of_use(use, positions, env, trace):
                 total[view] += part
@@ -119,7 +119,7 @@ def _of_nested(
         return added, [parts[var] for var in wanted if var not in shared]
 
     shared = [var for var in wanted if not nested.is_slice(var)]
-    zeros = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in shared]
+    zeros = [_compat.zeros(var.aval) for var in shared]
     rows = (read_all([nested.operands[var] for var in sliced], env), *trace)
     totals, stacked = jax.lax.scan(step, zeros, rows)
     apart = [var for var in wanted if var not in shared]

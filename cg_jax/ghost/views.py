@@ -44,6 +44,6 @@ def undo_view(eqns: Sequence[Any], parameter: Any, view: Any, cotangent: jax.Arr
             env[eqn.outvars[0]] = operand if casts else _compat.bind(eqn, [operand, *eqn.invars[1:]])[0]
         return env[view]
 
-    like = jax.ShapeDtypeStruct(parameter.aval.shape, cotangent.dtype)
+    like = jax.eval_shape(lambda value: value.astype(cotangent.dtype), parameter.aval)
     (out,) = jax.linear_transpose(rearrange, like)(cotangent)
     return out
