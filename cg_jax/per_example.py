@@ -29,7 +29,6 @@ def checked_loss(loss_fn: LossFn, rest: PyTree) -> LossFn:
 
 def example_of(batch: PyTree) -> PyTree:
     """The shape and dtype of one example of a batch."""
-
     return jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[0], batch), batch)
 
 

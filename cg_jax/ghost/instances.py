@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from cg_jax import _compat, trees
 from cg_jax.ghost.capture import Nested, Program, Site, Use, evaluate, leading_to, read_all
