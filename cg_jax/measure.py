@@ -1,109 +1,94 @@
-"""Coherence of a whole data set: batches of one shape are streamed through one compiled step."""
+"""Coherence of a whole data set: batches of one shape are streamed through one compiled step, on a device or a mesh."""
 
 import contextlib
+import dataclasses
 import functools
-import itertools
 import types
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from cg_jax import _validate, trees
-from cg_jax.metrics import Coherence, coherence
-from cg_jax.moments import GradMoments, merge
-from cg_jax.per_example import LossFn, checked_loss
-from cg_jax.statistics import METHODS, batch_statistics, to_moments
+from cg_jax.batches import Batch, Batches, batches_of, is_arrays
+from cg_jax.estimators import ESTIMATORS, Estimator, OfRows, Sums, add_batch, deviations
+from cg_jax.layout import Layout, Specs
+from cg_jax.metrics import Coherence
+from cg_jax.per_example import LossFn
+from cg_jax.statistics import METHODS
 
 PyTree = Any
 
 NONFINITE = ("raise", "skip", "propagate")
+_ON_EVERY_DEVICE = PartitionSpec()
 
 
-class _Batch(NamedTuple):
-    """One batch, padded to the common size."""
-
-    start: int  # index of its first example in the data set
-    rows: PyTree  # leaves [batch_size, ...]
-    mask: np.ndarray  # boolean [batch_size], False where padded
-
-
-def _pad(batch: PyTree, start: int, size: int, batch_size: int) -> _Batch:
-    """`batch` of `size` rows, its last row repeated up to `batch_size`, so that one shape compiles."""
-    mask = np.arange(batch_size) < size
-    if size < batch_size:
-        rows = np.minimum(np.arange(batch_size), size - 1)
-        batch = jax.tree.map(lambda leaf: leaf[rows], batch)
-    return _Batch(start, batch, mask)
+def _specs(layout: Layout, sums: Sums) -> Specs:
+    """Where each leaf of the sums lies."""
+    like = jax.tree.unflatten(jax.tree.structure(sums.moments.sum_grads), layout.kept)
+    scalars = jax.tree.map(lambda _: False, sums)
+    moments = scalars.moments._replace(sum_grads=like)
+    marked = scalars._replace(moments=moments, previous=None if sums.previous is None else like)
+    leaves = jax.tree.leaves(marked, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return [None if leaf is False else leaf for leaf in leaves]
 
 
-def _array_batches(data: PyTree, size: int, batch_size: int) -> Iterator[_Batch]:
-    """The batches of arrays with leading axis `size`."""
-    for start in range(0, size, batch_size):
-        stop = min(start + batch_size, size)
-        rows = jax.tree.map(lambda leaf, lo=start, hi=stop: leaf[lo:hi], data)
-        yield _pad(rows, start, stop - start, batch_size)
-
-
-def _iterable_batches(data: Iterable[PyTree], batch_size: int) -> Iterator[_Batch]:
-    """The batches of an iterable of batches, each of at most `batch_size` rows."""
-    start = 0
-    for batch in data:
-        size = _validate.leading_axis("batch", batch)
-        if size > batch_size:
-            raise ValueError(f"Expected batches of at most batch_size={batch_size} examples, got one of {size}.")
-        yield _pad(batch, start, size, batch_size)
-        start += size
-    if start == 0:
-        raise ValueError("Expected data to hold at least one batch, got an empty iterable.")
-
-
-def _batches(data: PyTree, batch_size: int) -> tuple[Iterator[_Batch], int | None]:
-    """(the batches, their number where it is known)."""
-    if _is_arrays(data):
-        size = _validate.leading_axis("data", data)
-        return _array_batches(data, size, batch_size), -(-size // batch_size)
-    if not isinstance(data, Iterable):
-        raise TypeError(f"Expected data to be a pytree of arrays or an iterable of batches, got {type(data).__name__}.")
-    return _iterable_batches(data, batch_size), len(data) if isinstance(data, Sized) else None
-
-
-def _is_arrays(data: Any) -> bool:
-    """Whether `data` is a pytree of arrays; a list is none: it means batches."""
-    if isinstance(data, list | Iterator):
-        return False
-    leaves = jax.tree.leaves(data)
-    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _step(
-    loss_fn: LossFn, method: str, guard: bool, params: PyTree, moments: GradMoments, batch: PyTree, mask: jax.Array
-) -> tuple[GradMoments, jax.Array]:
-    """(moments with the batch merged in, which rows are not finite). With `guard`, a batch with any is left out."""
-    statistics = batch_statistics(loss_fn, params, batch, mask, method)
-    bad = ~jnp.isfinite(trees.total(statistics.sq_norms) + statistics.losses)
-    merged = merge(moments, to_moments(statistics, mask.sum()))
-    if guard:
-        merged = jax.tree.map(lambda new, old: jnp.where(bad.any(), old, new), merged, moments)
-    return merged, bad
+    how: Estimator, layout: Layout | None, params: PyTree, sums: Sums, batch: tuple[PyTree, jax.Array]
+) -> tuple[Sums, OfRows]:
+    """(sums with those of (rows, ids) added, what the batch says of its rows)."""
+    if layout is not None and how.by_example:
+        specs = _specs(layout, sums)
+        sums, of_rows = layout.per_shard(how.of_batch, params, layout.specs, sums, specs, batch)
+    else:
+        found, of_rows = how.of_batch(params, batch)
+        sums = trees.add(sums, found) if how.by_example else add_batch(sums, found, how.batch_size)
+    if layout is not None:
+        if not how.by_example:
+            sums = layout.constrain_all(sums, _specs(layout, sums))
+        of_rows = of_rows._replace(bad=layout.constrain(of_rows.bad, _ON_EVERY_DEVICE))
+    return sums, of_rows
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _zeros(loss_fn: LossFn, params: PyTree, batch: PyTree) -> GradMoments:
-    """The moments of no examples, in the dtypes that `_step` will add."""
-    example = jax.tree.map(lambda leaf: leaf[0], batch)
-    kept, rest = trees.partition(params)
-    return GradMoments.zeros(params, jax.eval_shape(checked_loss(loss_fn, rest), kept, example).dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _finish(how: Estimator, layout: Layout | None, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
+    """(the coherence, the sums over all devices)."""
+    if layout is not None and how.by_example:
+        sums = layout.total(sums, _specs(layout, sums))
+    return how.finish(sums, skipped), sums
 
 
-def _raise_nonfinite(bad: np.ndarray, batch: _Batch) -> None:
-    first = batch.start + int(np.argmax(bad))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _deviation_step(
+    how: Estimator, layout: Layout | None, inputs: PyTree, total: jax.Array, batch: PyTree
+) -> jax.Array:
+    """The total with the squared deviations of a batch added; one row for each device."""
+    if layout is None:
+        return total + deviations(how, inputs, batch)[0]
+    specs = [*layout.specs, *layout.kept, _ON_EVERY_DEVICE]
+    return layout.per_shard(functools.partial(deviations, how), inputs, specs, total, [None], batch)[0]
+
+
+def _zeros(how: Estimator, layout: Layout | None, params: PyTree, rows: PyTree) -> Sums:
+    """The sums of no examples."""
+    shapes = how.shapes(params, rows)
+    if layout is None:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return layout.zeros(shapes, _specs(layout, shapes), by_shard=how.by_example)
+
+
+def _raise_nonfinite(bad: np.ndarray, batch: Batch, layout: Layout | None) -> None:
+    row = int(np.argmax(bad >= 0))
+    number, where = int((bad >= 0).sum()), str(bad[row])
+    if layout is not None and len(batch.sizes) > 1:
+        where += f" of process {layout.process_of(row, bad.size)}'s data"
     raise FloatingPointError(
-        f"Expected finite losses and gradients, got {int(bad.sum())} of {int(batch.mask.sum())} examples in one batch "
-        f"that are not, the first at index {first}. nonfinite='skip' leaves such examples out and counts them; "
+        f"Expected finite losses and gradients, got {number} of {sum(batch.sizes)} examples in one batch "
+        f"that are not, the first at index {where}. nonfinite='skip' leaves such examples out and counts them; "
         "nonfinite='propagate' lets them through."
     )
 
@@ -122,14 +107,94 @@ def _bar(progress: bool, total: int | None) -> Iterator[Any]:
         yield bar
 
 
+def _check_confidence(confidence: bool, estimator: str, data: Any) -> None:
+    if not confidence:
+        return
+    if estimator != "exact":
+        raise ValueError(
+            f"Expected estimator='exact' with confidence=True, got estimator={estimator!r}, whose alpha_stderr, "
+            "that of the estimate, is always given."
+        )
+    if not (is_arrays(data) or isinstance(data, list)):
+        raise TypeError(
+            "Expected data to be arrays or a list of batches with confidence=True, which reads it twice, got "
+            f"{type(data).__name__}."
+        )
+
+
+class _Run(NamedTuple):
+    """One measurement."""
+
+    how: Estimator
+    layout: Layout | None
+    params: PyTree
+    nonfinite: str
+    confidence: bool
+
+    def add_all(self, batches: Batches, bar: Any) -> tuple[Sums, int, list[tuple[Any, Any]]]:
+        """(the sums of all batches, examples left out, (ids, squared norms) of each batch)."""
+        sums, skipped, by_batch = None, 0, []
+        # Flags are read one batch late, so that the devices compute while the host makes the next batch.
+        pending: list[tuple[Batch, OfRows]] = []
+        for batch in batches.batches:
+            if not self.how.by_example and not batches.is_whole(batch):
+                skipped += sum(batch.sizes)
+                continue
+            if sums is None:
+                sums = _zeros(self.how, self.layout, self.params, batch.rows)
+            sums, of_rows = _step(self.how, self.layout, self.params, sums, (batch.rows, batch.ids))
+            pending = [*pending, (batch, of_rows)] if self.how.guard else []
+            if len(pending) > 1:
+                sums, more = self.settle(sums, *pending.pop(0))
+                skipped += more
+            if self.confidence:
+                by_batch.append((batch.ids, of_rows.sq_norms))
+            bar.update()
+        for batch, of_rows in pending:
+            sums, more = self.settle(sums, batch, of_rows)
+            skipped += more
+        if sums is None:
+            raise ValueError(
+                f"Expected at least one whole batch of batch_size={self.how.batch_size}, got {skipped} examples."
+            )
+        return sums, skipped, by_batch
+
+    def settle(self, sums: Any, batch: Batch, of_rows: OfRows) -> tuple[Sums, int]:
+        """(sums, examples skipped), once a batch that was left out for its flags is dealt with."""
+        skipped, bad = 0, np.asarray(of_rows.bad)
+        while (bad >= 0).any():
+            if self.nonfinite == "raise":
+                _raise_nonfinite(bad, batch, self.layout)
+            skipped += int((bad >= 0).sum())
+            if self.how.name != "exact":  # only whole batches are told apart
+                break
+            sums, of_rows = _step(self.how, self.layout, self.params, sums, (batch.rows, of_rows.again))
+            bad = np.asarray(of_rows.bad)
+        return sums, skipped
+
+    def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:
+        """The infinitesimal jackknife's standard error of α, by one more pass."""
+        mean_grad = jax.tree.map(lambda s: s / sums.moments.count, sums.moments.sum_grads)
+        inputs, like = (self.params, mean_grad, found.alpha), jax.ShapeDtypeStruct((), found.alpha.dtype)
+        total = jnp.zeros(()) if self.layout is None else self.layout.zeros(like, [None], by_shard=True)
+        for batch, (ids, sq_norms) in zip(batches.batches, by_batch, strict=True):
+            total = _deviation_step(self.how, self.layout, inputs, total, (batch.rows, ids, sq_norms))
+        return jnp.sqrt(total.sum()) / trees.total(sums.moments.sum_sq_norms)
+
+
 def measure_coherence(
     loss_fn: LossFn,
     params: PyTree,
     data: PyTree | Iterable[PyTree],
     *,
     batch_size: int,
+    mesh: Mesh | None = None,
+    data_axis: str | None = None,
     method: str = "ghost",
+    estimator: str = "exact",
+    confidence: bool = False,
     nonfinite: str = "raise",
+    seed: int = 0,
     progress: bool = False,
 ) -> Coherence:
     """Coherence α = ‖Σ gᵢ‖² / (m Σ ‖gᵢ‖²) of all m examples of `data` at `params`, streamed in batches.
@@ -170,47 +235,20 @@ def measure_coherence(
     """
     batch_size = _validate.at_least("batch_size", batch_size, 1)
     _validate.one_of("method", method, METHODS)
+    _validate.one_of("estimator", estimator, ESTIMATORS)
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
-    batches, number = _batches(data, batch_size)
-    guard = nonfinite != "propagate"
-    first = next(batches)
-    moments, skipped = _zeros(loss_fn, params, first.rows), 0
-    # Flags are read one batch late, so that the device computes while the host cuts the next batch.
-    pending: list[tuple[_Batch, jax.Array]] = []
-    with _bar(progress, number) as bar:
-        for batch in itertools.chain([first], batches):
-            moments, bad = _step(loss_fn, method, guard, params, moments, batch.rows, batch.mask)
-            pending = [*pending, (batch, bad)] if guard else []
-            if len(pending) > 1:
-                moments, more = _settle(loss_fn, method, nonfinite, params, moments, *pending.pop(0))
-                skipped += more
-            bar.update()
-        for batch, bad in pending:
-            moments, more = _settle(loss_fn, method, nonfinite, params, moments, batch, bad)
-            skipped += more
-    return _finish(moments, skipped)
-
-
-_finish = jax.jit(lambda moments, skipped: coherence(moments, num_skipped=skipped))
-
-
-def _settle(
-    loss_fn: LossFn,
-    method: str,
-    nonfinite: str,
-    params: PyTree,
-    moments: GradMoments,
-    batch: _Batch,
-    flags: jax.Array,
-) -> tuple[GradMoments, int]:
-    """(moments, examples skipped), once the flags of a batch that was left out for them are dealt with."""
-    skipped = 0
-    mask, bad = batch.mask, np.asarray(flags)
-    while bad.any():
-        if nonfinite == "raise":
-            _raise_nonfinite(bad, batch)
-        skipped += int(bad.sum())
-        mask = mask & ~bad
-        moments, again = _step(loss_fn, method, True, params, moments, batch.rows, mask)
-        bad = np.asarray(again)
-    return moments, skipped
+    _check_confidence(confidence, estimator, data)
+    layout = None if mesh is None else Layout.of(mesh, data_axis, params)
+    if layout is not None:
+        params = layout.place(params)
+        if estimator == "batch":
+            _validate.divides("the data axis", layout.num_shards, "batch_size", batch_size)
+    how = Estimator(estimator, loss_fn, method, batch_size, nonfinite != "propagate", seed)
+    read = functools.partial(batches_of, data, batch_size, layout, whole=not how.by_example)
+    run, batches = _Run(how, layout, params, nonfinite, confidence), read()
+    with layout.active() if layout else contextlib.nullcontext(), _bar(progress, batches.number) as bar:
+        sums, skipped, by_batch = run.add_all(batches, bar)
+        found, sums = _finish(how, layout, sums, skipped)
+        if confidence:
+            found = dataclasses.replace(found, alpha_stderr=run.stderr(read(), found, sums, by_batch))
+    return found

@@ -24,7 +24,7 @@ class BatchStatistics(NamedTuple):
     sum_grads: PyTree  # Σ gᵢ, like the parameters, accumulator dtype
 
 
-def _fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
+def fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
     """Each masked row replaced by the first valid one.
 
     A zero or garbage row could turn its zero weight into 0·∞ = NaN inside the derivative of the loss.
@@ -58,7 +58,7 @@ def batch_statistics(
     """Losses, squared norms and the sum of the gradients of one batch; the one producer behind everything above."""
     weights = None
     if mask is not None:
-        batch, weights = _fill_masked(batch, mask), mask.astype(jnp.float32)
+        batch, weights = fill_masked(batch, mask), mask.astype(jnp.float32)
     params = _compat.vary(params, _compat.varying_axes(batch, weights))
     if method == "ghost":
         losses, sq_norms, sum_grads = ghost.statistics(loss_fn, params, batch, weights, max_bytes)

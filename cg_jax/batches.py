@@ -1,0 +1,211 @@
+"""The examples of a measurement as batches of one shape: from arrays on host or devices, or from an iterable."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
+
+from cg_jax import _validate
+from cg_jax.layout import Layout
+
+PyTree = Any
+
+
+class Batch(NamedTuple):
+    """One batch, padded to the common size by repeating a row."""
+
+    rows: PyTree  # leaves [batch_size, ...]
+    ids: Any  # int32 [batch_size]: index of each example in its process's data, −1 where padded
+    sizes: tuple[int, ...]  # how many examples each process gave
+
+
+class Batches(NamedTuple):
+    """The batches of a measurement."""
+
+    batches: Iterator[Batch]
+    number: int | None  # how many, where it is known
+    share: int  # examples of a whole batch that each process gives
+
+    def is_whole(self, batch: Batch) -> bool:
+        """Whether no row of the batch is padding."""
+        return all(size == self.share for size in batch.sizes)
+
+
+def is_arrays(data: Any) -> bool:
+    """Whether `data` is a pytree of arrays; a list is none: it means batches."""
+    if isinstance(data, list | Iterator):
+        return False
+    leaves = jax.tree.leaves(data)
+    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+
+
+def batches_of(data: PyTree, batch_size: int, layout: Layout | None, whole: bool) -> Batches:
+    """The batches of `data`, on the devices of the layout. With `whole`, only those that are."""
+    if is_arrays(data):
+        size = _validate.leading_axis("data", data)
+        if layout is not None and _on_devices(data):
+            return _device_batches(data, size, batch_size, layout, whole)
+    elif not isinstance(data, Iterable):
+        raise TypeError(f"Expected data to be a pytree of arrays or an iterable of batches, got {type(data).__name__}.")
+    several = layout is not None and jax.process_count() > 1
+    share = batch_size if layout is None else -(-batch_size // layout.num_shards) * layout.local_shards()
+    if is_arrays(data):
+        sizes = _sizes_of_processes(size) if several else np.array([size])
+        number, batches = -(-int(sizes.max()) // share), _array_batches(data, size, share, sizes)
+    else:
+        number = len(data) if isinstance(data, Sized) and not several else None
+        batches = _iterable_batches(data, share, share if several else batch_size, several)
+    if layout is not None:
+        put = layout.put
+        batches = (Batch(*put((batch.rows, batch.ids)), batch.sizes) for batch in batches)
+    return Batches(batches, number, share)
+
+
+def _sizes_of_processes(size: int) -> np.ndarray:
+    """`size` of every process."""
+    return np.asarray(multihost_utils.process_allgather(np.int32(size)))
+
+
+def _pad(rows: PyTree, start: int, size: int, share: int, sizes: tuple[int, ...]) -> Batch:
+    """`size` ≥ 1 rows, the last of them repeated up to `share`, so that one shape compiles."""
+    places = np.arange(share)
+    if jax.tree.leaves(rows)[0].shape[0] < share:
+        last = jax.tree.leaves(rows)[0].shape[0] - 1
+        rows = jax.tree.map(lambda leaf: leaf[np.minimum(places, last)], rows)
+    return Batch(rows, np.where(places < size, start + places, -1).astype(np.int32), sizes)
+
+
+def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> Iterator[Batch]:
+    """The batches of arrays with leading axis `size`; as many as the process with the most examples has."""
+    for start in range(0, int(sizes.max()), share):
+        lo, hi = min(start, size - 1), max(min(start + share, size), 1)
+        rows = jax.tree.map(lambda leaf, lo=lo, hi=hi: leaf[min(lo, hi - 1) : hi], data)
+        now = tuple(int(n) for n in np.clip(sizes - start, 0, share))
+        yield _pad(rows, start, max(size - start, 0), share, now)
+
+
+def _iterable_batches(data: Iterable[PyTree], share: int, limit: int, several: bool) -> Iterator[Batch]:
+    """The batches of an iterable. Of several processes, one that has run out repeats its last rows, masked."""
+    start, rows, iterator = 0, None, iter(data)
+    while True:
+        more, size = next(iterator, None), 0
+        if more is not None:
+            rows, size = more, _validate.leading_axis("batch", more)
+        if size > limit:
+            most = (
+                f"{limit} examples, this process's share of batch_size" if several else f"batch_size={limit} examples"
+            )
+            raise ValueError(f"Expected batches of at most {most}, got one of {size}.")
+        if rows is None:
+            raise ValueError("Expected data to hold at least one batch, got an empty iterable.")
+        sizes = _sizes_of_processes(size) if several else np.array([size])
+        if not sizes.any():
+            return
+        yield _pad(rows, start, size, share, tuple(int(n) for n in sizes))
+        start += size
+
+
+def _on_devices(data: PyTree) -> bool:
+    """Whether all leaves are on devices, and not only on this one's of several processes."""
+    leaves = jax.tree.leaves(data)
+    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return False
+    return jax.process_count() == 1 or not any(leaf.is_fully_addressable for leaf in leaves)
+
+
+def _device_batches(data: PyTree, size: int, batch_size: int, layout: Layout, whole: bool) -> Batches:
+    """The batches of arrays on devices. Of whole ones each is of consecutive examples; else each device takes its own
+    examples, wherever they stand, and nothing is moved.
+    """
+    sizes: list[int]
+    if whole:
+        sizes = [batch_size] * (size // batch_size)
+        arranged = _in_whole_batches(layout, batch_size, data) if sizes else data
+        cut = functools.partial(_one_of, layout, batch_size)
+    else:
+        each = -(-size // layout.num_shards)
+        chunk = min(-(-batch_size // layout.num_shards), each)
+        cutter = _Cut(layout, size, each, chunk)
+        sizes = [cutter.valid(step) for step in range(-(-each // chunk))]
+        arranged, cut = _over_shards(layout, each, data), functools.partial(_own_rows, cutter)
+    batches = (Batch(*cut(arranged, np.int32(i)), (n,)) for i, n in enumerate(sizes))
+    left_out = [Batch(None, None, (size % batch_size,))] if whole and size % batch_size else []
+    return Batches(_chain(batches, left_out), len(sizes), batch_size)
+
+
+def _chain(*parts: Iterable[Batch]) -> Iterator[Batch]:
+    for part in parts:
+        yield from part
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _in_whole_batches(layout: Layout, batch_size: int, data: PyTree) -> PyTree:
+    """[number, batch_size, ...], each batch divided over the data axis; the odd rest left out."""
+    spec = PartitionSpec(None, layout.axis)
+
+    def arrange(leaf: jax.Array) -> jax.Array:
+        number = leaf.shape[0] // batch_size
+        arranged = leaf[: number * batch_size].reshape(number, batch_size, *leaf.shape[1:])
+        return layout.constrain(arranged, spec)
+
+    return jax.tree.map(arrange, data)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_of(layout: Layout, batch_size: int, arranged: PyTree, step: jax.Array) -> tuple[PyTree, jax.Array]:
+    """(rows, ids) of one batch."""
+    rows = jax.tree.map(lambda leaf: layout.constrain(leaf[step], PartitionSpec(layout.axis)), arranged)
+    return rows, layout.constrain(
+        step * batch_size + jnp.arange(batch_size, dtype=jnp.int32), PartitionSpec(layout.axis)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _over_shards(layout: Layout, each: int, data: PyTree) -> PyTree:
+    """Leaves with `each` rows on every device of the data axis, the last row repeated where they do not divide."""
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        missing = each * layout.num_shards - leaf.shape[0]
+        if missing:
+            leaf = jnp.concatenate([leaf, jnp.broadcast_to(leaf[-1:], (missing, *leaf.shape[1:]))])
+        return layout.constrain(leaf, PartitionSpec(layout.axis))
+
+    return jax.tree.map(spread, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """Each device's own `each` examples of `size` in all, `chunk` at a time."""
+
+    layout: Layout
+    size: int
+    each: int
+    chunk: int
+
+    def valid(self, step: int) -> int:
+        """How many examples are in the batches of this step."""
+        starts = np.arange(self.layout.num_shards) * self.each + step * self.chunk
+        ends = np.minimum(starts + self.chunk, (np.arange(self.layout.num_shards) + 1) * self.each)
+        return int(np.clip(np.minimum(ends, self.size) - starts, 0, None).sum())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _own_rows(cut: _Cut, data: PyTree, step: jax.Array) -> tuple[PyTree, jax.Array]:
+    """(rows, ids) of one batch: a chunk of every device's own examples. The last chunk overlaps the one before."""
+    axis = cut.layout.axis
+
+    def local(data: PyTree, step: jax.Array) -> tuple[PyTree, jax.Array]:
+        start = jnp.minimum(step * cut.chunk, cut.each - cut.chunk)
+        rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, cut.chunk), data)
+        places = start + jnp.arange(cut.chunk, dtype=jnp.int32)
+        ids = jax.lax.axis_index(axis) * cut.each + places
+        return rows, jnp.where((places >= step * cut.chunk) & (ids < cut.size), ids, -1)
+
+    spec = PartitionSpec(axis)
+    return cut.layout.mapped(local, (spec, PartitionSpec()), (spec, spec))(data, step)

@@ -1,0 +1,210 @@
+"""What a measurement adds up of each batch, and what follows from the sums: one way for each estimator of coherence.
+
+"exact" takes S = Σ gᵢ and Q = Σ ‖gᵢ‖² as they are. "signs" and "batch" estimate Q, from squared norms of sums over
+batches, and hand on moments with the estimate in its place, so that all ratios follow from moments by `coherence`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cg_jax import _validate, trees
+from cg_jax.metrics import Coherence, coherence
+from cg_jax.moments import GradMoments
+from cg_jax.per_example import LossFn, alignments, checked_loss, require_dependence
+from cg_jax.statistics import batch_statistics, fill_masked, to_moments
+
+PyTree = Any
+
+ESTIMATORS = ("exact", "signs", "batch")
+
+
+class Spread(NamedTuple):
+    """Sums of numbers whose variance says how far an estimate may be off; all scalars."""
+
+    number: jax.Array
+    total: jax.Array
+    squares: jax.Array
+
+    def variance(self) -> jax.Array:
+        """The unbiased variance; NaN below two numbers."""
+        mean = self.total / self.number
+        return jnp.maximum(self.squares / self.number - mean**2, 0) * self.number / (self.number - 1)
+
+
+class Sums(NamedTuple):
+    """What a measurement adds up."""
+
+    moments: GradMoments
+    spread: Spread
+    previous: PyTree  # "batch": the mean gradient of the batch before; else None
+
+
+class OfRows(NamedTuple):
+    """What a batch says of each of its rows, [B]."""
+
+    bad: jax.Array  # its id where its loss or gradient is not finite, else −1
+    again: jax.Array  # the ids that are to be added once more without the bad ones, else −1
+    sq_norms: jax.Array  # ‖gᵢ‖², NaN where bad; "exact" only
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """A way to measure: what is static of it."""
+
+    name: str
+    loss_fn: LossFn
+    method: str
+    batch_size: int
+    guard: bool  # leave a batch out, for the time being, that holds what is not finite
+    seed: int
+
+    @property
+    def by_example(self) -> bool:
+        """Whether loss_fn is the loss of one example."""
+        return self.name != "batch"
+
+    def shapes(self, params: PyTree, rows: PyTree) -> Sums:
+        """The shapes of the sums of one batch."""
+        ids = jax.ShapeDtypeStruct(jax.tree.leaves(rows)[0].shape[:1], jnp.int32)
+        sums: Sums = jax.eval_shape(self.of_batch, params, (rows, ids))[0]
+        return sums._replace(previous=sums.moments.sum_grads) if not self.by_example else sums
+
+    def of_batch(self, params: PyTree, batch: tuple[PyTree, jax.Array]) -> tuple[Sums, OfRows]:
+        """(the sums of a batch, what it says of its rows), given (rows, their ids, −1 where masked)."""
+        rows, ids = batch
+        sums, bad, sq_norms = _SUMS[self.name](self, params, rows, ids)
+        bad &= ids >= 0
+        spoilt = bad.any() & self.guard
+        sums = jax.tree.map(lambda leaf: jnp.where(spoilt, jnp.zeros_like(leaf), leaf), sums)
+        again = jnp.where(spoilt & ~bad, ids, -1)
+        return sums, OfRows(jnp.where(bad, ids, -1), again, jnp.where(bad, jnp.nan, sq_norms))
+
+    def finish(self, sums: Sums, num_skipped: Any) -> Coherence:
+        """The coherence that follows from the sums of all batches."""
+        moments, stderr = _FINISH[self.name](self, sums)
+        found = coherence(moments, num_skipped=num_skipped)
+        return found if stderr is None else dataclasses.replace(found, alpha_stderr=stderr(found))
+
+
+def _no_spread(like: jax.Array) -> Spread:
+    return Spread(jnp.zeros((), jnp.int32), jnp.zeros_like(like), jnp.zeros_like(like))
+
+
+def _exact_sums(how: Estimator, params: PyTree, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+    """By the engine, or vmap: S and Q, and the squared norm of every row."""
+    mask = ids >= 0
+    found = batch_statistics(how.loss_fn, params, rows, mask, how.method)
+    sq_norms = trees.total(found.sq_norms)
+    moments = to_moments(found, mask.sum())
+    return Sums(moments, _no_spread(sq_norms[0]), None), ~jnp.isfinite(sq_norms + found.losses), sq_norms
+
+
+def _exact(how: Estimator, sums: Sums) -> tuple[GradMoments, None]:
+    return sums.moments, None
+
+
+def _signs_sums(how: Estimator, params: PyTree, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+    """S, and ‖Σ εᵢ gᵢ‖² of the batch, by one forward and two backward passes."""
+    mask = ids >= 0
+    rows = fill_masked(rows, mask)
+    require_dependence(how.loss_fn, params, rows)
+    kept, rest = trees.partition(params)
+    kept = jax.tree.map(jnp.asarray, kept)
+    losses, pull = jax.vjp(lambda p: jax.vmap(checked_loss(how.loss_fn, rest), (None, 0))(p, rows), kept)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(how.seed), i))(ids)
+    signs = jax.vmap(lambda key: jax.random.rademacher(key, (), losses.dtype))(keys)
+    (total,), (signed,) = pull(mask.astype(losses.dtype)), pull(jnp.where(mask, signs, 0))
+    total = trees.accumulate(total)
+    norms = trees.sq_norms(signed)
+    whole = trees.total(norms)
+    losses = jnp.where(mask, losses, 0).astype(trees.accumulator_dtype(losses.dtype))
+    moments = GradMoments(mask.sum().astype(jnp.int32), losses.sum(), total, norms)
+    bad = ~jnp.isfinite(losses) | ~jnp.isfinite(whole + trees.total(trees.sq_norms(total)))
+    spread = Spread(mask.any().astype(jnp.int32), whole, whole**2)
+    return Sums(moments, spread, None), bad, jnp.full(ids.shape, jnp.nan, whole.dtype)
+
+
+def _signs(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
+    """The squares add up to an estimate of Q; its error is that of a sum of as many numbers as there were batches."""
+    error = jnp.sqrt(sums.spread.number * sums.spread.variance()) / sums.spread.total
+    return sums.moments, lambda found: found.alpha * error
+
+
+def _batch_sums(how: Estimator, params: PyTree, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+    """k times the mean gradient of the batch, and its squared norm."""
+    kept, rest = trees.partition(params)
+    kept = jax.tree.map(jnp.asarray, kept)
+    _validate.something_to_differentiate(kept)
+    loss, grads = jax.value_and_grad(lambda p: _mean_loss(how.loss_fn, trees.combine(p, rest), rows))(kept)
+    grads = trees.accumulate(grads)
+    norms, k = trees.sq_norms(grads), ids.shape[0]
+    loss = loss.astype(trees.accumulator_dtype(loss.dtype))
+    moments = GradMoments(jnp.int32(k), k * loss, jax.tree.map(lambda g: k * g, grads), norms)
+    bad = jnp.broadcast_to(~jnp.isfinite(trees.total(norms) + loss), ids.shape)
+    return Sums(moments, _no_spread(loss), None), bad, jnp.full(ids.shape, jnp.nan, loss.dtype)
+
+
+def _mean_loss(loss_fn: Any, params: PyTree, rows: PyTree) -> jax.Array:
+    out = jax.tree.map(jnp.asarray, loss_fn(params, rows))
+    _validate.scalar_loss(out)
+    return out
+
+
+def add_batch(total: Sums, found: Sums, k: int) -> Sums:
+    """The sums of "batch" with one more batch.
+
+    Half the squared distance of every second batch to the one before it goes into the spread: its mean is the variance
+    of a mean gradient over the batches.
+    """
+    grads = jax.tree.map(lambda g: g / k, found.moments.sum_grads)
+    apart = trees.total(trees.sq_norms(jax.tree.map(jnp.subtract, grads, total.previous))) / 2
+    added = found.moments.count > 0
+    second = added & (total.moments.count // k % 2 == 1)
+    pair = Spread(second.astype(jnp.int32), jnp.where(second, apart, 0), jnp.where(second, apart**2, 0))
+    previous = jax.tree.map(lambda new, old: jnp.where(added, new, old), grads, total.previous)
+    moments, spread = trees.add((total.moments, total.spread), (found.moments, pair))
+    return Sums(moments, spread, previous)
+
+
+def _batch(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
+    """Q such that α is the α of single examples that the mean gradients of disjoint batches of k of m imply.
+
+    With V = mean ‖G‖² − ‖ḡ‖² over the N = m/k batches and c = (m − k)/(k (m − 1)), the variance over single examples is
+    V/c: α = ‖ḡ‖² / (‖ḡ‖² + V/c).
+    """
+    m, k = sums.moments.count.astype(sums.spread.total.dtype), how.batch_size
+    number = m / k
+    c = jnp.where(number > 1, (m - k) / (k * (m - 1)), jnp.nan)
+
+    def of_tensor(total: jax.Array, squares: jax.Array) -> jax.Array:
+        square = trees.sq_norms(total) / m**2
+        return m * (square + (squares / number - square) / c.astype(square.dtype))
+
+    sum_sq_norms = jax.tree.map(of_tensor, sums.moments.sum_grads, sums.moments.sum_sq_norms)
+
+    def stderr(found: Coherence) -> jax.Array:
+        # V is N − 1 squared distances; each scatters as the half squared distances of pairs do.
+        error = jnp.sqrt(sums.spread.variance() / (number - 1)) * (number - 1) / number
+        return found.alpha**2 * error / (c * found.mean_grad_norm**2)
+
+    return sums.moments._replace(sum_sq_norms=sum_sq_norms), stderr
+
+
+_SUMS = {"exact": _exact_sums, "signs": _signs_sums, "batch": _batch_sums}
+_FINISH = {"exact": _exact, "signs": _signs, "batch": _batch}
+
+
+def deviations(how: Estimator, inputs: PyTree, batch: PyTree) -> tuple[jax.Array, None]:
+    """(Σ (2 aᵢ − α qᵢ − ‖ḡ‖²)² over a batch, nothing of its rows): aᵢ = gᵢ · ḡ, qᵢ = ‖gᵢ‖².
+
+    The infinitesimal jackknife: α moves by (2 aᵢ − α qᵢ − ‖ḡ‖²)/Q when example i weighs a little more.
+    """
+    (params, mean_grad, alpha), (rows, ids, sq_norms) = inputs, batch
+    mask = (ids >= 0) & ~jnp.isnan(sq_norms)
+    aligned = alignments(how.loss_fn)(params, fill_masked(rows, mask), mean_grad).astype(sq_norms.dtype)
+    square = trees.total(trees.sq_norms(mean_grad))
+    moved = jnp.where(mask, 2 * aligned - alpha * sq_norms - square, 0)
+    return jnp.sum(moved**2), None

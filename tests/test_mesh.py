@@ -1,0 +1,235 @@
+"""A measurement on a mesh: the same numbers as on one device, and what moves between devices."""
+
+import functools
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cg_jax as cg
+from cg_jax import measure
+
+
+def loss_fn(p, example):
+    x, label = example
+    return -jax.nn.log_softmax(jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"])[label]
+
+
+def _data(m):
+    rng = np.random.default_rng(m)
+    return rng.normal(size=(m, 20)).astype(np.float32), rng.integers(0, 8, m).astype(np.int32)
+
+
+def _params():
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (20, 32), "b1": (32,), "w2": (32, 8), "b2": (8,)}
+    return {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+SIZE = sum(p.nbytes for p in jax.tree.leaves(_params()))
+
+
+def _mesh(*shape, names=("data", "model"), kind=AxisType.Auto):
+    number = int(np.prod(shape))
+    return jax.make_mesh(shape, names[: len(shape)], axis_types=(kind,) * len(shape), devices=jax.devices()[:number])
+
+
+def _same(got, want, rtol=1e-5):
+    for field in ("loss", "mean_grad_norm", "m_coherence", "count", "num_skipped"):
+        np.testing.assert_allclose(getattr(got, field), getattr(want, field), rtol=rtol, err_msg=field)
+    np.testing.assert_allclose(got.alpha_stderr, want.alpha_stderr, rtol=rtol)
+    assert got.per_tensor.keys() == want.per_tensor.keys()
+    for name, ratios in got.per_tensor.items():
+        np.testing.assert_allclose(ratios.alpha, want.per_tensor[name].alpha, rtol=rtol, err_msg=name)
+        np.testing.assert_allclose(ratios.share, want.per_tensor[name].share, rtol=rtol, err_msg=name)
+
+
+def _in_batches(data, size):
+    return [jax.tree.map(lambda leaf, s=s: leaf[s : s + size], data) for s in range(0, len(data[1]), size)]
+
+
+def _kinds(data, mesh):
+    """The same data on the host, on one device, divided over the mesh where it divides, and as batches."""
+    divides = len(data[1]) % mesh.shape["data"] == 0
+    there = NamedSharding(mesh, P("data")) if divides else NamedSharding(mesh, P())
+    return {
+        "host": data,
+        "one device": jax.tree.map(jnp.asarray, data),
+        "mesh": jax.device_put(data, there),
+        "batches": _in_batches(data, 11),
+    }
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("m", [1, 7, 64, 101])
+def test_any_number_of_devices_and_examples_gives_what_one_device_gives(n, m):
+    want = cg.measure_coherence(loss_fn, _params(), _data(m), batch_size=16)
+    mesh = _mesh(n)
+    for data in _kinds(_data(m), mesh).values():
+        _same(cg.measure_coherence(loss_fn, _params(), data, batch_size=16, mesh=mesh), want)
+
+
+class _Programs:
+    """The step and the last program of a measurement, compiled as they are by it."""
+
+    def __init__(self, mesh, params, loss_fn=loss_fn, m=64, batch_size=16):
+        compiled, step, finish = {}, measure._step, measure._finish
+
+        def noting(name, f):
+            def call(*arguments):
+                compiled.setdefault(name, f.lower(*arguments).compile())
+                return f(*arguments)
+
+            return call
+
+        measure._step, measure._finish = noting("step", step), noting("finish", finish)
+        try:
+            self.result = cg.measure_coherence(loss_fn, params, _data(m), batch_size=batch_size, mesh=mesh)
+        finally:
+            measure._step, measure._finish = step, finish
+        self.step, self.finish = compiled["step"], compiled["finish"]
+
+
+def test_one_program_is_compiled_for_all_batches_however_the_parameters_lie():
+    mesh = _mesh(2, 4)
+    for specs in (dict.fromkeys(_params(), P()), TENSOR_PARALLEL, FULLY_SHARDED):
+        before = measure._step._cache_size()
+        cg.measure_coherence(loss_fn, _placed(_params(), mesh, specs), _data(101), batch_size=12, mesh=mesh)
+        assert measure._step._cache_size() - before == 1
+
+
+FLAGS = 16 * 4  # one int32 for each example of a batch says whether it is finite; all devices are told
+
+
+def test_one_all_reduce_of_the_parameters_ends_a_measurement_whatever_its_size():
+    small, large = _Programs(_mesh(8), _params(), m=64), _Programs(_mesh(8), _params(), m=640)
+    for programs in (small, large):
+        assert hlo.collectives(programs.step) == [("all-gather", FLAGS)]
+        assert {kind for kind, _ in hlo.collectives(programs.finish)} == {"all-reduce"}
+        scalars = hlo.moved(programs.finish) - SIZE
+        assert 0 < scalars <= 64
+    assert int(large.result.count) == 640
+
+
+def _placed(params, mesh, specs):
+    return jax.device_put(params, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+
+
+TENSOR_PARALLEL = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model"), "b2": P()}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_tensor_parallel_sums_keep_the_sharding_and_gather_nothing(kind):
+    mesh = _mesh(2, 4, kind=kind)
+    programs = _Programs(mesh, _placed(_params(), mesh, TENSOR_PARALLEL))
+    _same(programs.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
+    assert hlo.moved(programs.step, "all-gather", "all-to-all", "collective-permute") == FLAGS
+    assert hlo.moved(programs.step, "all-reduce") < 16 * 32 * 4  # activations and norms of 8 examples
+    quarters = sum(p.nbytes for name, p in _params().items() if name != "b2") // 4 + _params()["b2"].nbytes
+    assert 0 < hlo.moved(programs.finish) - quarters <= 64
+    assert {kind for kind, _ in hlo.collectives(programs.finish)} == {"all-reduce"}
+    sums = programs.step.output_shardings[0].moments.sum_grads
+    assert {name: sharding.spec for name, sharding in sums.items()} == {
+        name: P("data", *spec) for name, spec in TENSOR_PARALLEL.items()
+    }
+
+
+FULLY_SHARDED = {"w1": P(None, "data"), "b1": P("data"), "w2": P("data"), "b2": P()}
+
+
+def test_parameters_divided_over_the_data_axis_are_gathered_and_their_sums_scattered_in_every_batch():
+    mesh = _mesh(8)
+    programs = _Programs(mesh, _placed(_params(), mesh, FULLY_SHARDED))
+    _same(programs.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
+    divided = SIZE - _params()["b2"].nbytes
+    assert hlo.moved(programs.step, "all-gather") == divided + FLAGS
+    assert hlo.moved(programs.step, "reduce-scatter") == divided // 8
+    assert hlo.moved(programs.finish) <= 128
+    sums = programs.step.output_shardings[0].moments.sum_grads
+    assert sums["w1"].spec == FULLY_SHARDED["w1"]
+
+
+def test_both_together_gather_over_the_data_axis_only():
+    mesh = _mesh(2, 4)
+    specs = {"w1": P("data", "model"), "b1": P("model"), "w2": P(("model", "data"), None), "b2": P()}
+    programs = _Programs(mesh, _placed(_params(), mesh, specs))
+    _same(programs.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
+    weights = _params()["w1"].nbytes + _params()["w2"].nbytes
+    assert hlo.moved(programs.step, "all-gather") == weights // 4 + FLAGS
+    assert hlo.moved(programs.step, "reduce-scatter") == weights // 8
+
+
+def attention_loss(p, x):
+    q, k, v = (jnp.einsum("td,dhe->hte", x, p[name]) for name in ("q", "k", "v"))
+    weights = jax.nn.softmax(jnp.einsum("hte,hse->hts", q, k) / 4)
+    out = jnp.einsum("hts,hse,hed->td", weights, v, p["o"]) + x
+    return ((jax.nn.gelu(out @ p["up"]) @ p["down"]) ** 2).mean()
+
+
+def test_heads_and_hidden_units_divided_over_the_model_axis():
+    rng, mesh = np.random.default_rng(0), _mesh(2, 4)
+    shapes = {"q": (16, 4, 8), "k": (16, 4, 8), "v": (16, 4, 8), "o": (4, 8, 16), "up": (16, 64), "down": (64, 16)}
+    params = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    heads = P(None, "model")
+    specs = {"q": heads, "k": heads, "v": heads, "o": P("model"), "up": heads, "down": P("model")}
+    x = rng.normal(size=(30, 6, 16)).astype(np.float32)
+    got = cg.measure_coherence(attention_loss, _placed(params, mesh, specs), x, batch_size=8, mesh=mesh)
+    _same(got, cg.measure_coherence(attention_loss, params, x, batch_size=8))
+
+
+def test_the_users_current_mesh_does_not_matter_and_may_be_explicit():
+    want = cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = _mesh(8, kind=kind)
+        with jax.set_mesh(mesh):
+            _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh), want)
+            assert jax.sharding.get_mesh() == mesh
+
+
+def _spoilt(m, rows):
+    images, labels = _data(m)
+    images[rows, 3] = np.nan
+    return images, labels
+
+
+@pytest.mark.parametrize("where", ["host", "mesh"])
+def test_what_is_not_finite_is_told_apart_on_a_mesh(where):
+    mesh, rows = _mesh(8), [3, 50, 51, 63]
+    data = _spoilt(64, rows)
+    if where == "mesh":
+        data = jax.device_put(data, NamedSharding(mesh, P("data")))
+    measured = functools.partial(cg.measure_coherence, loss_fn, _params(), data, batch_size=32)
+    _same(measured(mesh=mesh, nonfinite="skip"), measured(nonfinite="skip"))
+    assert np.isnan(measured(mesh=mesh, nonfinite="propagate").alpha)
+    # On the mesh a batch is of the next four examples of each device.
+    message = r"got 1 of 32 .* index 3\." if where == "host" else r"got 3 of 32 .* index 3\."
+    with pytest.raises(FloatingPointError, match=message):
+        measured(mesh=mesh)
+
+
+def test_the_axis_of_the_examples_is_named_or_plain():
+    mesh = _mesh(2, 4, names=("replica", "model"))
+    with pytest.raises(
+        ValueError, match=r"Expected data_axis, the axis of the mesh .*\('replica', 'model'\), got None"
+    ):
+        cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh)
+    with pytest.raises(ValueError, match=r"Expected data_axis in \('replica', 'model'\).* got data_axis='data'"):
+        cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh, data_axis="data")
+    want = cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16)
+    _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh, data_axis="replica"), want)
+    _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=_mesh(8, names=("any",))), want)
+
+
+def test_a_loss_with_a_loop_and_integer_parameters_on_a_mesh():
+    def loss(p, x):
+        h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(p["w"] @ h + x), None), jnp.zeros(4), None, p["n"].size)
+        return (h**2).sum()
+
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32), "n": jnp.arange(3)}
+    x = np.random.default_rng(1).normal(size=(21, 4)).astype(np.float32)
+    got = cg.measure_coherence(loss, params, x, batch_size=8, mesh=_mesh(8))
+    _same(got, cg.measure_coherence(loss, params, x, batch_size=8))
