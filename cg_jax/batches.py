@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -45,26 +45,28 @@ def is_arrays(data: Any) -> bool:
     return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
 
 
-def batches_of(data: PyTree, batch_size: int, layout: Layout | None, whole: bool) -> Batches:
+def batches_of(data: Any, batch_size: int, layout: Layout | None, whole: bool) -> Batches:
     """The batches of `data`, on the devices of the layout. With `whole`, only those that are."""
+    several = layout is not None and jax.process_count() > 1
+    share = batch_size if layout is None else -(-batch_size // layout.num_shards) * layout.local_shards()
     if is_arrays(data):
         size = _validate.leading_axis("data", data)
         if layout is not None and _on_devices(data):
             return _device_batches(data, size, batch_size, layout, whole)
-    elif not isinstance(data, Iterable):
-        raise TypeError(f"Expected data to be a pytree of arrays or an iterable of batches, got {type(data).__name__}.")
-    several = layout is not None and jax.process_count() > 1
-    share = batch_size if layout is None else -(-batch_size // layout.num_shards) * layout.local_shards()
-    if is_arrays(data):
         sizes = _sizes_of_processes(size) if several else np.array([size])
         number, batches = -(-int(sizes.max()) // share), _array_batches(data, size, share, sizes)
-    else:
+    elif isinstance(data, Iterable):
         number = len(data) if isinstance(data, Sized) and not several else None
         batches = _iterable_batches(data, share, share if several else batch_size, several)
-    if layout is not None:
-        put = layout.put
-        batches = (Batch(*put((batch.rows, batch.ids)), batch.sizes) for batch in batches)
-    return Batches(batches, number, share)
+    else:
+        raise TypeError(f"Expected data to be a pytree of arrays or an iterable of batches, got {type(data).__name__}.")
+    return Batches(batches if layout is None else _put(layout, batches), number, share)
+
+
+def _put(layout: Layout, batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        rows, ids = layout.put((batch.rows, batch.ids))
+        yield Batch(rows, ids, batch.sizes)
 
 
 def _sizes_of_processes(size: int) -> np.ndarray:
@@ -134,14 +136,17 @@ def _device_batches(data: PyTree, size: int, batch_size: int, layout: Layout, wh
         cutter = _Cut(layout, size, each, chunk)
         sizes = [cutter.valid(step) for step in range(-(-each // chunk))]
         arranged, cut = _over_shards(layout, each, data), functools.partial(_own_rows, cutter)
-    batches = (Batch(*cut(arranged, np.int32(i)), (n,)) for i, n in enumerate(sizes))
-    left_out = [Batch(None, None, (size % batch_size,))] if whole and size % batch_size else []
-    return Batches(_chain(batches, left_out), len(sizes), batch_size)
+    odd = size % batch_size if whole else 0
+    return Batches(_cut_all(cut, arranged, sizes, odd), len(sizes), batch_size)
 
 
-def _chain(*parts: Iterable[Batch]) -> Iterator[Batch]:
-    for part in parts:
-        yield from part
+def _cut_all(cut: Callable[..., tuple[PyTree, jax.Array]], data: PyTree, sizes: list[int], odd: int) -> Iterator[Batch]:
+    """The batches that `cut` makes of data on devices, and one of nothing that counts the odd rest."""
+    for step, size in enumerate(sizes):
+        rows, ids = cut(data, np.int32(step))
+        yield Batch(rows, ids, (size,))
+    if odd:
+        yield Batch(None, None, (odd,))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -31,7 +31,8 @@ class Spread(NamedTuple):
     def variance(self) -> jax.Array:
         """The unbiased variance; NaN below two numbers."""
         mean = self.total / self.number
-        return jnp.maximum(self.squares / self.number - mean**2, 0) * self.number / (self.number - 1)
+        variance = jnp.maximum(self.squares / self.number - mean**2, 0) * self.number / (self.number - 1)
+        return jnp.where(self.number > 1, variance, jnp.nan)
 
 
 class Sums(NamedTuple):

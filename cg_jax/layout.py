@@ -168,9 +168,9 @@ class Layout:
 
     def _data_last(self, spec: PartitionSpec) -> PartitionSpec:
         """`spec` with the data axis the last to divide its dimension."""
-        dim, entries = self._divided(spec), list(self._others(spec))
-        entries[dim] = (*_axes(entries[dim]), self.axis)
-        return PartitionSpec(*entries)
+        dim = self._divided(spec)
+        others = enumerate(self._others(spec))
+        return PartitionSpec(*((*_axes(entry), self.axis) if i == dim else entry for i, entry in others))
 
     def _row_spec(self, spec: PartitionSpec | None) -> PartitionSpec:
         """Where the sums of every device lie: a row each, unless they are divided over the data axis anyway."""

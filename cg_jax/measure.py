@@ -199,31 +199,59 @@ def measure_coherence(
 ) -> Coherence:
     """Coherence α = ‖Σ gᵢ‖² / (m Σ ‖gᵢ‖²) of all m examples of `data` at `params`, streamed in batches.
 
-    The result does not depend on batch_size but for rounding. One program is compiled for each (loss_fn, shapes): pass
-    the same function object again, for a fresh lambda compiles again.
+    The exact result does not depend on batch_size or mesh but for rounding. One program is compiled for each (loss_fn,
+    shapes, mesh): pass the same function object again, for a fresh lambda compiles again.
+
+    On a mesh every device adds up the sums of its own examples, and one all-reduce of the size of the parameters ends
+    the measurement, whatever m is. Parameters stay as they lie: divided over another axis (tensor parallel) they are
+    never gathered, and the compiler divides the work; divided over the data axis (FSDP) they are gathered and their
+    sums scattered for every batch, which moves twice their size for each.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.
+        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example; for estimator "batch", loss_fn(params,
+            batch) → the mean loss of a batch.
         params: Any pytree of arrays; integer leaves are held fixed.
         data: A pytree (tuple, dict, …) of host or device arrays that share a leading axis m, any m; or an iterable (a
-            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows.
-        batch_size: Examples in one batch; a shorter batch is padded by repeating a row, and the padding is masked.
-        method: "ghost", or "vmap" for the plain reference.
+            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. Of several processes
+            each gives its own part of the data, any m: arrays on the host, or its share of every batch. An iterable
+            then costs one small exchange between processes for each batch.
+        batch_size: Examples in one batch, over all devices; a shorter batch is padded by repeating a row, and the
+            padding is masked.
+        mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all.
+        data_axis: The axis of the mesh that examples are divided over; without it its only axis, or "data".
+        method: "ghost", or "vmap" for the plain reference; of estimator "exact".
+        estimator: "exact"; or one that needs no per-example gradients, for losses that the engine is not for:
+            "signs", Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1 and one term for each batch on each device: two
+            ordinary backward passes.
+            "batch", from mean gradients of disjoint batches of k = batch_size, for losses that see the whole batch
+            (BatchNorm in training): α = c α_W / (1 − α_W (1 − c)), c = (m − k)/(k (m − 1)), with α_W that of the mean
+            gradients. Batches that are not whole are left out and counted in num_skipped; m is what was used. Every
+            batch ends in an all-reduce. One batch alone: α is NaN.
+        confidence: Estimator "exact": give alpha_stderr, the infinitesimal jackknife's standard error of α over new
+            samples of m examples, by one more pass over the data (arrays or a list). Near the orthogonal limit, below
+            α of about 10/m, it is too large (up to twice). Estimators "signs" and "batch" always give alpha_stderr: of
+            the estimate, around the exact α of the same examples (NaN below 2 and 4 batches).
         nonfinite: What a loss or gradient that is not finite does. "raise": FloatingPointError with how many and the
-            first index. "skip": the example is left out and counted in `num_skipped`. "propagate": the result is NaN.
+            first index. "skip": the example is left out and counted in num_skipped ("signs", "batch": its whole
+            batch). "propagate": the result is NaN.
+        seed: Of the random signs.
         progress: Draw a bar (needs tqdm).
 
     Returns:
         A `Coherence`; its scalars are arrays on the device.
 
     Raises:
-        ValueError: batch_size < 1, unknown method or nonfinite, empty data, leading axes that disagree, a batch larger
-            than batch_size, or a loss that does not depend on params.
-        TypeError: loss_fn does not return a real scalar, or data is no pytree of arrays and cannot be iterated.
+        ValueError: batch_size < 1, unknown method, estimator or nonfinite, empty data, leading axes that disagree, a
+            batch larger than batch_size, data_axis that is none of the mesh, estimator "batch" with a batch_size that
+            the devices do not divide, confidence with another estimator than "exact", or a loss that does not depend
+            on params.
+        TypeError: loss_fn does not return a real scalar, data is no pytree of arrays and cannot be iterated, or cannot
+            be iterated twice where it has to be.
         FloatingPointError: With nonfinite="raise".
 
     References:
         Chatterjee & Zielinski, On the Generalization Mystery in Deep Learning, 2022, https://arxiv.org/abs/2203.10036.
+        Of the standard error: Efron, Nonparametric Estimates of Standard Error, Biometrika 68, 1981.
 
     Examples:
         >>> import numpy as np, cg_jax as cg

@@ -51,9 +51,9 @@ class Coherence:
     count: jax.Array
     """m, the number of examples that were measured."""
     num_skipped: jax.Array
-    """Examples left out because their gradient was not finite."""
+    """Examples left out: their gradient was not finite, or (estimator "batch") they filled no whole batch."""
     alpha_stderr: jax.Array
-    """Standard error of α; NaN unless it was asked for."""
+    """Standard error of α; NaN unless it was asked for. What it is of, `measure_coherence` says for each estimator."""
     per_tensor: dict[str, Ratios]
     """Path of each parameter tensor → its ratios; α = Σ share · α over the tensors."""
 
