@@ -2,6 +2,7 @@
 
 from cg_jax.aggregate import consecutive, m3, median_of_k, micro_batch_grads, ra3, rm3, rolling, stacked
 from cg_jax.bound import generalization_bound
+from cg_jax.collective import across_devices
 from cg_jax.ghost import explain, register_rule
 from cg_jax.measure import measure_coherence
 from cg_jax.metrics import Coherence, Ratios, coherence
@@ -16,6 +17,7 @@ __all__ = [
     "Coherence",
     "GradMoments",
     "Ratios",
+    "across_devices",
     "alignments",
     "coherence",
     "consecutive",

@@ -182,6 +182,11 @@ def zeros(like: Any, leading: tuple[int, ...] = ()) -> Any:
     return vary(jax.numpy.zeros((*leading, *like.shape), like.dtype), _varying(like))
 
 
+def all_gather_invarying(tile: Any, axis_name: Any) -> Any:
+    """The tiles of all devices one after the other, as a value that is the same on all of them."""
+    return jax.lax.all_gather(tile, axis_name, tiled=True, to="invarying")
+
+
 def is_tracer(value: Any) -> bool:
     """Whether `value` stands for an array inside a traced function."""
     return isinstance(value, Tracer)
