@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import coherence, noise, report
+from experiments import coherence, devices, noise, report
 from experiments.configs import CoherenceConfig, Config, DemoConfig, NoiseConfig, check
 from experiments.run import RunFolder, new_folder, write_json
 from experiments.run import environment as environment_of
@@ -26,43 +26,63 @@ def main(arguments: list[str] | None = None) -> int:
         parts = config.parts() if isinstance(config, DemoConfig) else (config,)
         for part in parts:
             check(part)
+        devices.start(config)
         name = {CoherenceConfig: "coherence", NoiseConfig: "noise", DemoConfig: "demo"}[type(config)]
-        out = new_folder(config.out, name)
-        return run(config, parts, out, title=f"cg_jax: {name}")
+        return run(config, parts, _folder(config, name), title=f"cg_jax: {name}")
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 
+def _folder(config: Any, name: str) -> Path:
+    """The folder for the results, which the first process alone has to find new."""
+    out, error = Path(name), None
+    if devices.writes():
+        try:
+            out = new_folder(config.out, name)
+        except FileExistsError as found:
+            error = found
+    devices.agreed(error)
+    return out
+
+
 def run(config: Any, parts: tuple[Config, ...], out: Path, title: str) -> int:
     """Measure the parts one after another; whatever ends it, report what was measured until then."""
     done: list[tuple[Path, Section]] = []
-    status, interrupted = 0, False
+    status = 0
     for part in parts:
         module = coherence if isinstance(part, CoherenceConfig) else noise
         folder = RunFolder(out / module.__name__.split(".")[-1] if len(parts) > 1 else out, part)
-        try:
-            module.measure(part, folder)  # type: ignore[arg-type]
-        except KeyboardInterrupt:
-            print("Interrupted: the report is of what was measured until now.", file=sys.stderr)
-            interrupted, status = True, 130
-        except FloatingPointError as error:
-            print(f"Training diverged: {error}", file=sys.stderr)
-            interrupted, status = True, 1
-        section = module.section(part, folder)  # type: ignore[arg-type]
-        done.append((folder.path, section))
-        if len(parts) > 1:
-            report.write(folder.path, title, [(folder.path, section)], complete=not interrupted)
-        if interrupted:
+        status = _measure(module, part, folder)
+        if devices.writes():
+            section = module.section(part, folder)  # type: ignore[arg-type]
+            done.append((folder.path, section))
+            if len(parts) > 1:
+                report.write(folder.path, title, [(folder.path, section)], complete=not status)
+        if status:
             break
-    if len(parts) > 1:
-        write_json(out / "config.json", {"seeds": config.seeds, "epochs": config.epochs, "width": config.width})
-        write_json(out / "env.json", environment_of(config))
-    report.write(out, title, done, complete=not interrupted)
-    report.print_summary([section for _, section in done])
-    print(f"\nReport: {out / 'report.html'}")
+    if devices.writes():
+        if len(parts) > 1:
+            write_json(out / "config.json", {"seeds": config.seeds, "epochs": config.epochs, "width": config.width})
+            write_json(out / "env.json", environment_of(config))
+        report.write(out, title, done, complete=not status)
+        report.print_summary([section for _, section in done])
+        print(f"\nReport: {out / 'report.html'}")
     return status
 
 
+def _measure(module: Any, part: Config, folder: RunFolder) -> int:
+    """Measure one part; the exit status."""
+    try:
+        module.measure(part, folder)
+    except KeyboardInterrupt:
+        print("Interrupted: the report is of what was measured until now.", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"Training diverged: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    devices.exit_with(main)

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 import cg_jax as cg
 from experiments import data, figures, models
 from experiments.configs import CoherenceConfig
+from experiments.devices import devices, writes
 from experiments.run import RunFolder
 from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
 from experiments.train import Keys, epoch_rows, predict, steps_per_epoch, trainer
@@ -42,14 +43,16 @@ def _train(
     share = 1.0 if labels == "random" else 0.0
     train = (dataset.train_images, data.corrupt(keys.noise, dataset.train_labels, share, dataset.num_classes))
     test = (dataset.test_images, data.corrupt(keys.test_noise, dataset.test_labels, share, dataset.num_classes))
-    train, test = jax.device_put(train), jax.device_put(test)
     method = trainer(model, "sgd", config.learning_rate, config.batch_size)
-    state = method.init(keys.init, train[0])
+    state = devices().replicate(jax.device_get(method.init(keys.init, train[0])))
+    train, test = devices().replicate((train, test))
     per_epoch = steps_per_epoch(size, method.rows_per_step, config.batch_size)
     wanted = checkpoints(per_epoch, config.epochs, config.per_epoch)
     step = 0
 
-    with tqdm(total=config.epochs * per_epoch, desc=f"coherence · {labels} · seed {seed}", unit="step") as bar:
+    with tqdm(
+        total=config.epochs * per_epoch, desc=f"coherence · {labels} · seed {seed}", unit="step", disable=not writes()
+    ) as bar:
 
         def note() -> None:
             row = {"labels": labels, "seed": seed, "step": step, "epoch": step / per_epoch}
@@ -60,7 +63,7 @@ def _train(
         note()
         for epoch in range(config.epochs):
             for rows in epoch_rows(keys.order, epoch, size, method.rows_per_step, config.batch_size):
-                state = method.step(state, *train, rows)
+                state = method.step(state, *train, devices().spread(rows))
                 step += 1
                 bar.update()
                 if step in wanted:
@@ -72,7 +75,8 @@ def _measurement(config: CoherenceConfig, model: Any, params: Any, train: Any, t
     row: Row = {}
     for name, sample in (("train", train), ("test", test)):
         loss_fn, batch_size = models.loss_of(model), min(config.measure_batch_size, len(sample[1]))
-        found = jax.device_get(cg.measure_coherence(loss_fn, params, sample, batch_size=batch_size))
+        measured = cg.measure_coherence(loss_fn, params, sample, batch_size=batch_size, mesh=devices().mesh)
+        found = jax.device_get(measured)
         hits = predict(model, params, sample[0], config.measure_batch_size) == np.asarray(sample[1])
         row[name] = {
             "alpha": float(found.alpha),

@@ -9,7 +9,19 @@ ModelName = Literal["mlp", "cnn", "resnet"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Cluster:
+    """Where a run that is started on several machines finds itself. Slurm, Open MPI, Kubernetes and TPU pods tell."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, the same for all of them."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 writes the results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Cluster):
     """Options that every experiment has."""
 
     data: DataName = "mnist5k"
@@ -70,7 +82,7 @@ class NoiseConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Cluster):
     """Both experiments on mnist5k, small: under 5 minutes on 2 CPU cores."""
 
     seeds: int = 3
@@ -96,6 +108,9 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected {name} >= 1, got {name}={value}.")
+    if config.process_id is not None and not 0 <= config.process_id < (config.num_processes or 1):
+        numbers = f"process_id={config.process_id} and num_processes={config.num_processes}"
+        raise ValueError(f"Expected 0 <= process_id < num_processes, got {numbers}.")
     if config.seed < 0:
         raise ValueError(f"Expected seed >= 0, got seed={config.seed}.")
     if not config.learning_rate > 0:

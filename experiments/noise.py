@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 import cg_jax as cg
 from experiments import data, figures, models
 from experiments.configs import NoiseConfig
+from experiments.devices import devices, writes
 from experiments.run import RunFolder
 from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
 from experiments.train import METHODS, Keys, epoch_rows, predict, steps_per_epoch, trainer
@@ -36,16 +37,17 @@ def measure(config: NoiseConfig, folder: RunFolder) -> None:
 def _train(config: NoiseConfig, folder: RunFolder, dataset: data.Dataset, model: Any, name: str, seed: int) -> None:
     keys, true = Keys.of(seed), dataset.train_labels
     labels = data.corrupt(keys.noise, true, config.noise, dataset.num_classes)
-    train, test_images = jax.device_put((dataset.train_images, labels)), jax.device_put(dataset.test_images)
     method = trainer(model, name, config.learning_rate, config.batch_size)
-    state = method.init(keys.init, train[0])
+    state = devices().replicate(jax.device_get(method.init(keys.init, dataset.train_images)))
+    train, test_images = devices().replicate(((dataset.train_images, labels), dataset.test_images))
     per_epoch = steps_per_epoch(len(true), method.rows_per_step, config.batch_size)
 
-    with tqdm(total=config.epochs, desc=f"noise · {name} · seed {seed}", unit="epoch") as bar:
+    with tqdm(total=config.epochs, desc=f"noise · {name} · seed {seed}", unit="epoch", disable=not writes()) as bar:
 
         def note(epoch: int) -> None:
+            batch_size = min(config.measure_batch_size, len(true))
             found = cg.measure_coherence(
-                models.loss_of(model), state.params, train, batch_size=min(config.measure_batch_size, len(true))
+                models.loss_of(model), state.params, train, batch_size=batch_size, mesh=devices().mesh
             )
             guess = predict(model, state.params, train[0], config.measure_batch_size)
             right = float(
@@ -60,7 +62,7 @@ def _train(config: NoiseConfig, folder: RunFolder, dataset: data.Dataset, model:
         note(0)
         for epoch in range(config.epochs):
             for rows in epoch_rows(keys.order, epoch, len(true), method.rows_per_step, config.batch_size):
-                state = method.step(state, *train, rows)
+                state = method.step(state, *train, devices().spread(rows))
             note(epoch + 1)
             bar.update()
 

@@ -13,21 +13,27 @@ from typing import Any
 
 import jax
 
+from experiments.configs import Cluster
+from experiments.devices import writes
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunFolder:
     """A folder with config.json, env.json, metrics.jsonl and, at the end, summary.json, figures/ and report.html.
 
-    Every line of metrics.jsonl is written whole, so that an interrupted run leaves valid files.
+    Every line of metrics.jsonl is written whole, so that an interrupted run leaves valid files. Of several processes
+    only the first writes.
     """
 
     def __init__(self, path: Path, config: Any) -> None:
         self.path = path
         self.figures = path / "figures"
-        self.figures.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         self._metrics = path / "metrics.jsonl"
+        if not writes():
+            return
+        self.figures.mkdir(parents=True, exist_ok=True)
         self._metrics.touch()
         write_json(path / "config.json", _plain(config))
         write_json(path / "env.json", environment(config))
@@ -35,6 +41,8 @@ class RunFolder:
     def add(self, **row: Any) -> None:
         """Append one measurement."""
         self.rows.append(row)
+        if not writes():
+            return
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
@@ -64,7 +72,8 @@ def _finite(value: Any) -> Any:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
+    here = {field.name for field in dataclasses.fields(Cluster)}  # not what is measured, but on which machines
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in here}
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
@@ -78,6 +87,7 @@ def environment(config: Any) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
         "commit": _commit(),
         "first_seed": getattr(config, "seed", 0),
         "seeds": config.seeds,

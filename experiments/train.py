@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import cg_jax as cg
+from experiments.devices import devices
 from experiments.models import loss_of, predictor
 
 
@@ -56,7 +57,7 @@ class State(NamedTuple):
 class Trainer(NamedTuple):
     """One method's way to train one model."""
 
-    init: Callable[[jax.Array, jax.Array], State]  # (key, images) → state
+    init: Callable[[jax.Array, Any], State]  # (key, images) → state
     step: Callable[..., State]  # (state, images, labels, rows) → state; jitted, the state donated
     rows_per_step: int
 
@@ -105,7 +106,8 @@ def predict(model: nn.Module, params: Any, images: jax.Array, batch_size: int) -
     out = np.empty(size, np.int32)
     for start in range(0, size, batch_size):
         start = min(start, size - batch_size)
-        parts.append((start, classes(params, jax.lax.dynamic_slice_in_dim(images, start, batch_size))))
+        part = devices().spread(jax.lax.dynamic_slice_in_dim(images, start, batch_size))
+        parts.append((start, devices().replicate(classes(params, part))))
     for start, part in parts:
         out[start : start + batch_size] = part
     return out

@@ -1,44 +1,25 @@
 """Several real processes on this machine, each with its own part of the data and devices of its own."""
 
-import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import free_port, outputs, running
 
 _WORKER = Path(__file__).with_name("worker.py")
 # The coordination service gives a process that no longer answers 10 seconds (see worker.py), and looks now and then.
 _UNTIL_ENDED = 30
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@contextlib.contextmanager
-def processes(number, **environment):
-    """The running workers; none outlives the test."""
-    address, started = f"127.0.0.1:{free_port()}", []
-    try:
-        for process in range(number):
-            arguments = [sys.executable, _WORKER, *([address, number, process] if number > 1 else [])]
-            pipe = subprocess.PIPE
-            environ = os.environ | environment
-            started.append(subprocess.Popen(map(str, arguments), stdout=pipe, stderr=pipe, text=True, env=environ))
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+def workers(number, **environment):
+    """The running workers."""
+    address = f"127.0.0.1:{free_port()}"
+    commands = [[sys.executable, _WORKER, *([address, number, p] if number > 1 else [])] for p in range(number)]
+    return running(commands, [environment] * number)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +28,8 @@ def alone():
 
 
 def _found(number):
-    with processes(number) as workers:
-        outs = [worker.communicate(timeout=300) for worker in workers]
-    for worker, (_, err) in zip(workers, outs, strict=True):
-        assert worker.returncode == 0, err
-    found = [json.loads(out.splitlines()[-1]) for out, _ in outs]
+    with workers(number) as started:
+        found = [json.loads(out.splitlines()[-1]) for out, _ in outputs(started)]
     assert all(each == found[0] for each in found), "every process is told the same"
     return found[0]
 
@@ -75,12 +53,12 @@ def test_the_result_of_several_processes_is_that_of_one(number, alone):
 @pytest.mark.parametrize("dies", [1, 0])
 def test_where_one_process_dies_the_others_end_with_a_message(dies):
     stays = 1 - dies
-    with processes(2, HANG_AFTER="arrays", GOES_ON=str(stays)) as workers:
-        for worker in workers:
+    with workers(2, HANG_AFTER="arrays", GOES_ON=str(stays)) as started:
+        for worker in started:
             assert any(line == "measured\n" for line in worker.stdout)
-        workers[dies].send_signal(signal.SIGKILL)
+        started[dies].send_signal(signal.SIGKILL)
         start = time.monotonic()
-        _, message = workers[stays].communicate(timeout=_UNTIL_ENDED)
+        _, message = started[stays].communicate(timeout=_UNTIL_ENDED)
         assert time.monotonic() - start < _UNTIL_ENDED
-    assert workers[stays].returncode != 0
+    assert started[stays].returncode != 0
     assert message.strip()
