@@ -210,8 +210,8 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
     k = _validate.at_least("k", k, 1)
 
     def init_fn(params: PyTree) -> RollingState:
-        zero = jnp.zeros((), jnp.int32)
-        return RollingState(zero, zero, _like(params, k - 1))
+        # Two arrays: one could not be donated twice.
+        return RollingState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), _like(params, k - 1))
 
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, RollingState]:
         del params, extra_args

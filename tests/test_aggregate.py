@@ -114,6 +114,14 @@ def test_the_state_is_written_in_place(k):
     assert temporary < size / 50
 
 
+@pytest.mark.parametrize("transform", [cg.rm3(), cg.m3(optax.adam(0.1))])
+def test_a_fresh_state_can_be_donated(transform):
+    params = {"a": jnp.ones(3)}
+    state = transform.init(params)
+    _, state = jax.jit(transform.update, donate_argnums=1)(params, state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 def test_the_papers_names():
     gradients = _gradients(6)
     pairs = [
