@@ -5,7 +5,7 @@ Weight decay and momentum compose outside, with `optax.chain`. The papers added 
 median, and used no momentum: `optax.chain(optax.add_decayed_weights(c), cg.rm3(), optax.sgd(lr))`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +20,15 @@ from cg_jax.rules import Rule, mean, median
 PyTree = Any
 
 
-def _like(tree: PyTree, rows: int) -> PyTree:
-    """Zeros of [rows, *shape] for every differentiable leaf."""
+def _zeros(tree: PyTree, *leading: int) -> PyTree:
+    """Zeros of [*leading, *shape] for every differentiable leaf."""
     kept, _ = trees.partition(tree)
-    return jax.tree.map(lambda leaf: jnp.zeros((rows, *jnp.shape(leaf)), jnp.result_type(leaf)), kept)
+    return jax.tree.map(lambda leaf: jnp.zeros((*leading, *jnp.shape(leaf)), jnp.result_type(leaf)), kept)
+
+
+def _cast(update: jax.Array, slots: Sequence[jax.Array]) -> jax.Array:
+    """An update in the dtype of the slots, if there are any."""
+    return update.astype(slots[0].dtype) if slots else jnp.asarray(update)
 
 
 def _aggregate(rule: Rule, slots: PyTree, updates: PyTree) -> PyTree:
@@ -147,7 +152,7 @@ def consecutive(rule: Rule, k: int, optimizer: optax.GradientTransformation) -> 
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: PyTree) -> ConsecutiveState:
-        return ConsecutiveState(jnp.zeros((), jnp.int32), _like(params, k - 1), inner.init(params))
+        return ConsecutiveState(jnp.zeros((), jnp.int32), _zeros(params, k - 1), inner.init(params))
 
     def update_fn(
         updates: PyTree, state: Any, params: Any = None, **extra_args: Any
@@ -174,8 +179,7 @@ class RollingState(NamedTuple):
     """State of `rolling`."""
 
     num_seen: jax.Array  # gradients stored, int32, at most k − 1
-    position: jax.Array  # the slot that the next gradient goes to, int32 in 0..k−2
-    grads: PyTree  # the last k − 1 gradients in no particular order, [k − 1, *shape] in the parameters' dtypes
+    grads: tuple[PyTree, ...]  # the last k − 1 gradients, oldest first, like the parameters and in their dtypes
 
 
 def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
@@ -189,8 +193,8 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
         k: Number of gradients that the rule sees, ≥ 1.
 
     Returns:
-        A `GradientTransformationExtraArgs` to chain before an optimizer. Its state is `RollingState`: k − 1 slots,
-        written in turn and in place where the state is donated.
+        A `GradientTransformationExtraArgs` to chain before an optimizer. Its state is `RollingState`: the memory of
+        k − 1 gradients, reused where the state is donated.
 
     Raises:
         ValueError: k < 1.
@@ -210,18 +214,19 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
     k = _validate.at_least("k", k, 1)
 
     def init_fn(params: PyTree) -> RollingState:
-        # Two arrays: one could not be donated twice.
-        return RollingState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), _like(params, k - 1))
+        return RollingState(jnp.zeros((), jnp.int32), tuple(_zeros(params) for _ in range(k - 1)))
 
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, RollingState]:
         del params, extra_args
-        aggregate = _aggregate(rule, state.grads, updates)
-        if k == 1:
-            return aggregate, state
-        waiting = state.num_seen < k - 1
-        direction = jax.tree.map(lambda g, a: jnp.where(waiting, g.astype(a.dtype), a), updates, aggregate)
-        grads = _write(state.grads, updates, state.position, after=direction)
-        return direction, RollingState(jnp.minimum(state.num_seen + 1, k - 1), (state.position + 1) % (k - 1), grads)
+
+        def direction(update: jax.Array, *slots: jax.Array) -> jax.Array:
+            seen = rule(jnp.stack([*slots, _cast(update, slots)]))
+            return seen if k == 1 else jnp.where(state.num_seen < k - 1, _cast(update, slots), seen)
+
+        # Slots of their own, which move up by one: XLA would copy one array of all of them, not write it in place.
+        grads = jax.tree.map(lambda update, *slots: _cast(update, slots), updates, *state.grads)
+        after = RollingState(jnp.minimum(state.num_seen + 1, k - 1), (*state.grads, grads)[1:])
+        return jax.tree.map(direction, updates, *state.grads), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
