@@ -41,10 +41,17 @@ def _closed(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return jaxpr, ()
 
 
-def inner_jaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    """(body, constants) of a call that may be evaluated in place, else None."""
+def inner_jaxpr(eqn: Any, checkpoints: bool) -> tuple[Any, Sequence[Any]] | None:
+    """(body, constants) of a call that may be evaluated in place, of a checkpoint if so asked; else None."""
     key = _INLINABLE.get(eqn.primitive.name)
+    if checkpoints and is_checkpoint(eqn):
+        key = "jaxpr"
     return None if key is None else _closed(eqn.params[key])
+
+
+def is_checkpoint(eqn: Any) -> bool:
+    """Whether an equation is a `jax.checkpoint`."""
+    return eqn.primitive.name in _REMATERIALISED and not eqn.params.get("differentiated")
 
 
 def _scan_counts(eqn: Any) -> tuple[int, int]:
@@ -59,7 +66,7 @@ def body_of(eqn: Any) -> Body | None:
     """The body of a scan or a checkpoint, else None."""
     if eqn.primitive.name == "scan":
         return Body(*_closed(eqn.params["jaxpr"]), *_scan_counts(eqn), eqn.params["length"])
-    if eqn.primitive.name in _REMATERIALISED and not eqn.params.get("differentiated"):
+    if is_checkpoint(eqn):
         return Body(*_closed(eqn.params["jaxpr"]), len(eqn.invars), 0, None)
     return None
 
@@ -67,6 +74,33 @@ def body_of(eqn: Any) -> Body | None:
 def checkpoint_like(eqn: Any, f: Callable[..., Any]) -> Callable[..., Any]:
     """`f`, rematerialised in the way that the checkpoint `eqn` was."""
     return jax.checkpoint(f, prevent_cse=eqn.params.get("prevent_cse", True), policy=eqn.params.get("policy"))
+
+
+def checkpoint_in(jaxpr: Any) -> Any:
+    """The first checkpoint among the equations of a jaxpr and of the calls in it, or None."""
+    for eqn in jaxpr.eqns:
+        inner = inner_jaxpr(eqn, checkpoints=False)
+        found = eqn if is_checkpoint(eqn) else checkpoint_in(inner[0]) if inner else None
+        if found is not None:
+            return found
+    return None
+
+
+def scan_of_checkpoints(eqn: Any, checkpoint: Any, operands: Sequence[Any]) -> list[Any]:
+    """A scan, every step of it rematerialised in the way that `checkpoint` was; its outputs as a list."""
+    call = body_of(eqn)
+    assert call is not None
+    split = call.num_consts, call.num_consts + call.num_carry
+    consts, init, slices = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
+    run = core.jaxpr_as_fun(core.ClosedJaxpr(call.jaxpr, call.consts))
+
+    def step(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = checkpoint_like(checkpoint, run)(*consts, *carry, *row)
+        return list(outs[: call.num_carry]), list(outs[call.num_carry :])
+
+    again = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    carry, stacked = jax.lax.scan(step, list(init), list(slices), call.length, **again)
+    return [*carry, *stacked]
 
 
 def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
@@ -108,6 +142,11 @@ def _primitives_of(eqn: Any) -> Iterator[str]:
     for inner in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)):
         if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
             yield from _primitives(inner)
+
+
+def holds(eqn: Any, name: str) -> bool:
+    """Whether a primitive of that name stands in an inner jaxpr of an equation."""
+    return name in list(_primitives_of(eqn))[1:]
 
 
 def has_custom_vjp(eqn: Any) -> bool:

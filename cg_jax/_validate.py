@@ -83,6 +83,30 @@ def scalar_loss(out: PyTree) -> None:
         raise TypeError(f"Expected loss_fn to return a real floating-point scalar, got dtype {out.dtype}.")
 
 
+def parameters(params: PyTree) -> None:
+    """TypeError unless every leaf of params is an array or a number, and none is complex."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        where = f"params{jax.tree_util.keystr(path)}"
+        try:
+            dtype = jax.numpy.result_type(leaf)
+        except TypeError:
+            raise TypeError(
+                f"Expected every leaf of params to be an array or a number, got {where} of {type(leaf).__name__}; keep "
+                "such leaves apart (nnx.split, equinox.partition) and put them back inside loss_fn."
+            ) from None
+        if jax.numpy.issubdtype(dtype, jax.numpy.complexfloating):
+            raise TypeError(
+                f"Expected real parameters, got {where} of dtype {dtype}; keep its real and imaginary parts as two "
+                "leaves and put them together inside loss_fn."
+            )
+
+
+def function(name: str, value: Any) -> None:
+    """TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"Expected {name} to be a function, got {type(value).__name__}.")
+
+
 def something_to_differentiate(kept: PyTree) -> None:
     """ValueError if there is no leaf among the differentiable leaves of params."""
     if not jax.tree.leaves(kept):

@@ -245,8 +245,8 @@ def measure_coherence(
             batch larger than batch_size, data_axis that is none of the mesh, estimator "batch" with a batch_size that
             the devices do not divide, confidence with another estimator than "exact", or a loss that does not depend
             on params.
-        TypeError: loss_fn does not return a real scalar, data is no pytree of arrays and cannot be iterated, or cannot
-            be iterated twice where it has to be.
+        TypeError: loss_fn is no function or does not return a real scalar, a leaf of params is complex or no array,
+            data is no pytree of arrays and cannot be iterated, or cannot be iterated twice where it has to be.
         FloatingPointError: With nonfinite="raise".
 
     References:
@@ -262,6 +262,8 @@ def measure_coherence(
         α = 0.7273 over 3 examples
     """
     batch_size = _validate.at_least("batch_size", batch_size, 1)
+    _validate.function("loss_fn", loss_fn)
+    _validate.parameters(params)
     _validate.one_of("method", method, METHODS)
     _validate.one_of("estimator", estimator, ESTIMATORS)
     _validate.one_of("nonfinite", nonfinite, NONFINITE)

@@ -74,15 +74,17 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
 
     Raises:
         ValueError: Empty batch, leading axes that disagree, or a loss that does not depend on params.
-        TypeError: loss_fn does not return a real scalar.
+        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
 
     Examples:
         >>> import jax, cg_jax as cg
         >>> cg.per_example_grads(lambda w, x: 0.5 * (w - x) ** 2)(jax.numpy.zeros(()), jax.numpy.array([1.0, 4.0, 7.0]))
         Array([-1., -4., -7.], dtype=float32)
     """
+    _validate.function("loss_fn", loss_fn)
 
     def grads(params: PyTree, batch: PyTree) -> PyTree:
+        _validate.parameters(params)
         _validate.leading_axis("batch", batch)
         return _grads(loss_fn, params, batch)
 
@@ -124,15 +126,17 @@ def alignments(loss_fn: LossFn) -> Callable[[PyTree, PyTree, PyTree], jax.Array]
     Raises:
         ValueError: Empty batch, leading axes that disagree, a direction of other structure or shapes than params, or a
             loss that does not depend on params.
-        TypeError: loss_fn does not return a real scalar.
+        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
 
     Examples:
         >>> import jax, cg_jax as cg
         >>> cg.alignments(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]), 2.0)
         Array([ -2.,  -8., -14.], dtype=float32)
     """
+    _validate.function("loss_fn", loss_fn)
 
     def aligned(params: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
+        _validate.parameters(params)
         _validate.leading_axis("batch", batch)
         kept, rest = trees.partition(params)
         along = trees.partition(direction)[0] if jax.tree.leaves(rest) else direction

@@ -117,7 +117,7 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
     Raises:
         ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, a mask of other shape or
             dtype, or a loss that does not depend on params.
-        TypeError: loss_fn does not return a real scalar.
+        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
 
     References:
         The sum of squares without the gradients: Goodfellow, Efficient Per-Example Gradient Computations, 2015,
@@ -129,10 +129,12 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
         >>> int(moments.count), float(moments.sum_grads), float(moments.sum_sq_norms)
         (3, -12.0, 66.0)
     """
+    _validate.function("loss_fn", loss_fn)
     _validate.one_of("method", method, METHODS)
     _validate.max_bytes(max_bytes)
 
     def moments(params: PyTree, batch: PyTree, mask: Any = None) -> GradMoments:
+        _validate.parameters(params)
         size = _validate.leading_axis("batch", batch)
         if mask is not None:
             mask = jnp.asarray(mask)
@@ -159,17 +161,19 @@ def per_example_sq_norms(
     Raises:
         ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, or a loss that does not
             depend on params.
-        TypeError: loss_fn does not return a real scalar.
+        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
 
     Examples:
         >>> import jax, cg_jax as cg
         >>> cg.per_example_sq_norms(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]))
         Array([ 1., 16., 49.], dtype=float32)
     """
+    _validate.function("loss_fn", loss_fn)
     _validate.one_of("method", method, METHODS)
     _validate.max_bytes(max_bytes)
 
     def sq_norms(params: PyTree, batch: PyTree) -> PyTree:
+        _validate.parameters(params)
         _validate.leading_axis("batch", batch)
         return _sq_norms(loss_fn, method, max_bytes, params, batch)
 

@@ -355,6 +355,14 @@ def _(p, x):
     return jax.checkpoint(body)(x).sum() + lax.scan(lambda h, _: (body(h), None), x, None, length=2)[0].sum()
 
 
+@case("a custom_vjp that indexes a constant", {"w": _normal(4)}, _normal(B, 4))
+def _(p, x):
+    weigh = jax.custom_vjp(lambda h, t: h * t.sum())
+    step = lambda t, g: lambda i, a: a + g * t[i]  # noqa: E731
+    weigh.defvjp(lambda h, t: (h * t.sum(), t), lambda t, g: (lax.fori_loop(0, 2, step(t, g), 0 * g), None))
+    return (weigh(p["w"] * x, jnp.array([1.0, 2.0])) ** 2).sum()
+
+
 @case("a custom_vjp that answers zero with something", {"w": 0.5 * _normal(4, 4), "v": _normal(4, 4)}, _normal(B, 4))
 def _(p, x):
     return jnp.tanh(_decayed(jnp.tanh(x @ p["v"])) @ _decayed(p["w"])).sum()

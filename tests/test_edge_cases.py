@@ -1,5 +1,7 @@
 """What bad input is told: one clear error, by the name, value and bound of what is wrong."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,45 @@ import pytest
 import cg_jax as cg
 
 BATCH = jnp.array([1.0, 4.0, 7.0])
+
+
+def _two_views(w, x):
+    """Consistency of two views of an input: positions are nearly alike, and their cotangents cancel."""
+    h = x @ w
+    return ((h[0] - h[1]) ** 2).sum()
+
+
+def _smoothness(w, x):
+    return (jnp.diff(jnp.tanh(x @ w), axis=0) ** 2).sum()
+
+
+@pytest.mark.parametrize(("loss_fn", "positions"), [(_two_views, 2), (_smoothness, 8)])
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-4])
+def test_norms_of_gradients_that_cancel_over_positions_are_as_good_as_those_of_vmap(loss_fn, positions, apart):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 1, 16)) + apart * rng.normal(size=(32, positions, 16))
+    w, x = (rng.normal(size=(16, 16)) / 4).astype(np.float32), x.astype(np.float32)
+    assert cg.explain(loss_fn, w, x[0])[0].rule == "gram"
+    with jax.enable_x64(True):
+        double = functools.partial(loss_fn)  # a function of its own, compiled for its own dtype
+        want = np.asarray(cg.per_example_sq_norms(double, method="vmap")(w.astype(np.float64), x.astype(np.float64)))
+    ours, plain = (
+        np.abs(np.asarray(cg.per_example_sq_norms(loss_fn, method=m)(w, x)) / want - 1) for m in ("ghost", "vmap")
+    )
+    assert np.median(ours) <= 2 * np.median(plain) + 1e-6
+
+
+def test_leaves_that_have_no_real_gradient_are_named():
+    x = jnp.ones((3, 2))
+    with pytest.raises(TypeError, match=r"Expected real parameters, got params\['c'\] of dtype complex64"):
+        cg.grad_moments(lambda p, x: jnp.abs((x * p["w"] * p["c"]).sum()))({"w": jnp.ones(2), "c": jnp.ones(2) * 1j}, x)
+    for f in (cg.grad_moments, cg.per_example_sq_norms, cg.per_example_grads):
+        with pytest.raises(
+            TypeError, match=r"every leaf of params to be an array or a number, got params\['s'\] of str"
+        ):
+            f(lambda p, x: (x * p["w"]).sum())({"w": jnp.ones(2), "s": "name"}, x)
+        with pytest.raises(TypeError, match=r"Expected loss_fn to be a function, got int"):
+            f(3)
 
 
 def loss_fn(w, x):

@@ -203,6 +203,35 @@ def test_a_registered_product_takes_the_place_of_a_rule():
     assert float(got[0]) == pytest.approx(3 * 25)
 
 
+def test_a_rule_that_gives_something_else_is_refused():
+    before = dict(RULES)
+    try:
+        with pytest.raises(TypeError, match="Expected primitive to be the name of one"):
+            cg.register_rule(lax.mul_p, lambda eqn, view: None)
+        cg.register_rule("mul", lambda eqn, view: 3)
+        with pytest.raises(TypeError, match="Expected the rule of mul to give a Product, a Norm or None, got int"):
+            cg.grad_moments(lambda w, x: (w * x).sum())(jnp.ones(2), jnp.ones((3, 2)))
+        cg.register_rule("mul", lambda eqn, view: Norm(lambda seen, c: c**2))
+        with pytest.raises(ValueError, match=r"Expected the rule of mul to give one number .* of shape \(2,\)"):
+            cg.grad_moments(lambda w, x: (w * x).sum())(jnp.ones(2), jnp.ones((3, 2)))
+    finally:
+        RULES.clear()
+        RULES.update(before)
+
+
+def test_rules_hold_in_checkpoints_and_checkpoints_of_scans_are_opened():
+    def layers(p, x):
+        return lax.scan(jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), x, p["w"])[0]
+
+    def loss_fn(p, ids):
+        x = jax.checkpoint(lambda e, i: e[i])(p["e"], ids)
+        return jax.checkpoint(layers)(p, layers(p, x)).sum() + jax.checkpoint(layers)({"w": p["v"]}, x).sum()
+
+    params = {"w": jnp.ones((3, 4, 4)), "v": jnp.ones((3, 4, 4)), "e": jnp.ones((9, 4))}
+    found = {row.path: row.rule for row in cg.explain(loss_fn, params, jnp.zeros(2, jnp.int32))}
+    assert found == {"e": "norm", "v": "gram", "w": "vjp"}  # w: used twice
+
+
 def test_equations_grow_linearly_with_depth():
     def equations(depth):
         def loss_fn(p, x):

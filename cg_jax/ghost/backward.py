@@ -108,6 +108,8 @@ def _run_nested(nested: Nested, operands: list[Any], taps: dict[int, Any]) -> tu
         outs, seen = once([*consts, *carry, *row[0]], row[1])
         return outs[: call.num_carry], (outs[call.num_carry :], seen)
 
+    if nested.checkpoint is not None:
+        step = _compat.checkpoint_like(nested.checkpoint, step)
     params = nested.eqn.params
     carry, (stacked, seen) = jax.lax.scan(
         step, init, (slices, taps), call.length, reverse=params["reverse"], unroll=params["unroll"]

@@ -39,6 +39,7 @@ class Nested:
     call: _compat.Body
     body: "Program"
     operands: dict[Any, Any]  # variable of the body → variable or literal of the outer program, of all that is static
+    checkpoint: Any  # of a scan whose body held a checkpoint, that equation: every step is run as one
 
     def is_slice(self, var: Any) -> bool:
         """Whether a parameter of the body is a slice of its operand, another one in every step."""
@@ -100,22 +101,35 @@ def uses_of(program: Program) -> Iterator[Use]:
                 yield Use((index, inner), site, found)
 
 
-def _inline(jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
-    """Evaluate `jaxpr`, nested calls in place: traced anew, it yields one flat list of equations."""
+def _inline(
+    jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any], in_body: bool, around: Any = None
+) -> list[Any]:
+    """Evaluate `jaxpr`, nested calls in place: traced anew, it yields one flat list of equations.
+
+    Only one level of bodies is looked into. So a checkpoint in the body of a scan is opened too (the step runs as one,
+    see `Nested`), and one around a scan is moved into its body.
+    """
     env = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, operands, strict=True))
 
     for eqn in jaxpr.eqns:
         values = read_all(eqn.invars, env)
-        inner = _compat.inner_jaxpr(eqn)
+        opened = _compat.is_checkpoint(eqn) and (in_body or _compat.holds(eqn, "scan"))
+        inner = _compat.inner_jaxpr(eqn, opened)
         with _compat.keep_source(eqn):
-            outs = _compat.bind(eqn, values) if inner is None else _inline(*inner, values)
+            if inner is not None:
+                outs = _inline(*inner, values, in_body, eqn if opened else around)
+            elif around is not None and eqn.primitive.name == "scan" and not in_body:
+                outs = _compat.scan_of_checkpoints(eqn, around, values)
+            else:
+                outs = _compat.bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
     return read_all(jaxpr.outvars, env)
 
 
-def _flat(jaxpr: Any, constants: Sequence[Any]) -> Any:
+def _flat(jaxpr: Any, constants: Sequence[Any], in_body: bool) -> Any:
     """`jaxpr`, closed, without nested calls."""
-    return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands))(*(v.aval for v in jaxpr.invars))
+    avals = [var.aval for var in jaxpr.invars]
+    return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands, in_body))(*avals)
 
 
 def has_gradient(var: Any) -> bool:
@@ -126,7 +140,7 @@ def has_gradient(var: Any) -> bool:
 def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, example: PyTree) -> Program:
     """Trace loss_fn at the differentiable leaves `kept` and one example."""
     closed = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example)
-    flat = _flat(closed.jaxpr, closed.consts)
+    flat = _flat(closed.jaxpr, closed.consts, in_body=False)
     split = len(jax.tree.leaves(kept))
     return _classify(flat, flat.jaxpr.invars[:split], flat.jaxpr.invars[split:], nest=True)
 
@@ -155,7 +169,7 @@ def _classify(flat: Any, parameters: Sequence[Any], inputs: Sequence[Any], nest:
             sites[len(dynamic)] = nested or Site(eqn, views, moving, taps)
         dynamic.append(eqn)
     return Program(
-        constants=dict(zip(flat.jaxpr.constvars, flat.consts, strict=True)),
+        constants=dict(zip(flat.jaxpr.constvars, map(jnp.asarray, flat.consts), strict=True)),
         all_inputs=tuple(flat.jaxpr.invars),
         parameters=tuple(parameters),
         inputs=tuple(inputs),
@@ -179,7 +193,7 @@ def _nested(eqn: Any, views: tuple[int, ...], moving: tuple[int, ...]) -> Nested
     carry = range(call.num_consts, call.num_consts + call.num_carry)
     if set(views) & set(carry):
         return None
-    flat = _flat(call.jaxpr, call.consts)
+    flat = _flat(call.jaxpr, call.consts, in_body=True)
     variables = flat.jaxpr.invars
     # What is carried is another in every step, so it is never static, even where it is the same for all examples.
     inputs = [var for i, var in enumerate(variables) if i in moving or i in carry]
@@ -189,7 +203,7 @@ def _nested(eqn: Any, views: tuple[int, ...], moving: tuple[int, ...]) -> Nested
     if not body.sites or any(body.reach.get(out) for out in body.outputs if is_var(out)):
         return None
     operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in moving and i not in carry}
-    return Nested(eqn, call, body, operands)
+    return Nested(eqn, call, body, operands, None if call.length is None else _compat.checkpoint_in(call.jaxpr))
 
 
 def is_var(atom: Any) -> bool:

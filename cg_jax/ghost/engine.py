@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from cg_jax import _compat, _validate, trees
 from cg_jax.ghost import capture, instances, plan, views
 from cg_jax.ghost.backward import Traces, backward
-from cg_jax.ghost.capture import Program, Site, evaluate
+from cg_jax.ghost.capture import Program, Site, Use, evaluate, read_all
 from cg_jax.ghost.plan import RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.per_example import LossFn, checked_loss, example_of
@@ -100,6 +100,11 @@ def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
     dtype = trees.accumulator_dtype(tensor.view.aval.dtype)
     if not isinstance(rule, Product):
         sq_norms = _in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
+        if sq_norms.ndim != 1:
+            raise ValueError(
+                f"Expected the rule of {site.eqn.primitive.name} to give one number for each example, its ‖g‖², got an "
+                f"array of shape {sq_norms.shape[1:]}."
+            )
         total = None
     elif tensor.form == "instantiate":
         sq_norms, total = instantiated(rule, operands[0], cotangent, dtype, tensor.chunk)
@@ -108,11 +113,21 @@ def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
         # Patches are many times the input: there, where it can, the primitive's own vjp forms the sum.
         total = sum_of_products(rule, operands[0], cotangent, dtype) if rule.rearranges else None
     if total is None:
-        total = _sum_by_vjp(site, env, operands, cotangent, dtype)
+        total = _sum_by_vjp(site, _env_of(tensor.use, env), operands, cotangent, dtype)
     parameter = program.parameters[tensor.parameter]
     total = views.undo_view(tensor.rearranged_by, parameter, tensor.view, total)
     out_dtype = trees.accumulator_dtype(parameter.aval.dtype)
     return sq_norms.astype(out_dtype), total.astype(out_dtype)
+
+
+def _env_of(use: Use, env: dict[Any, Any]) -> dict[Any, Any]:
+    """The static values where a use stands: in the body of a checkpoint, those of the body."""
+    if use.nested is None:
+        return env
+    body, outer = use.nested.body, use.nested.operands
+    local = body.constants | dict(zip(outer, read_all(list(outer.values()), env), strict=True))
+    evaluate(body.static, local)
+    return local
 
 
 def _dot(product: Product, dtype: Any, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -144,9 +159,26 @@ def without_gradients(
         a, b = product.factors(*row)
         if form == "closed":
             return (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum()
-        return (dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum()
+        return _gram(dot, a, b)
 
     return _in_chunks(sq_norm, (x, cotangent), chunk)
+
+
+def _gram(dot: Callable[..., jax.Array], a: jax.Array, b: jax.Array) -> jax.Array:
+    """⟨AAᵀ, BBᵀ⟩ of factors [N, T, D] and [N, T, P], as AᵀB = A′ᵀB′ + T ā b̄ᵀ with A′ = A − ā, B′ = B − b̄.
+
+    Rounding is relative to the factors, not to the product. Where positions are nearly alike and their cotangents
+    cancel, as for the difference of two views of one input, no digit would be right; of centred factors they are.
+    Narrow factors are not centred, which would round them again.
+    """
+    if a.dtype != trees.accumulator_dtype(a.dtype) or b.dtype != trees.accumulator_dtype(b.dtype):
+        return jnp.maximum((dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum(), 0)
+    positions, mean_a, mean_b = a.shape[1], a.mean(1, keepdims=True), b.mean(1, keepdims=True)
+    a, b = a - mean_a, b - mean_b
+    squares = (dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum()
+    mixed = (dot("ntd,nsd->nts", a, mean_a) * dot("ntp,nsp->nts", b, mean_b)).sum()
+    means = (_last_axis_sq_norms(mean_a) * _last_axis_sq_norms(mean_b)).sum()
+    return jnp.maximum(squares + 2 * positions * mixed + positions**2 * means, 0)
 
 
 def sum_of_products(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:

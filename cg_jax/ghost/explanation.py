@@ -76,6 +76,8 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
         >>> [(row.path, row.rule, row.reason) for row in rows]
         [('b', 'elementwise', ''), ('w', 'closed', '')]
     """
+    _validate.function("loss_fn", loss_fn)
+    _validate.parameters(params)
     _validate.max_bytes(max_bytes)
     params, example = jax.tree.map(_shaped, (params, example))
     kept, rest = trees.partition(params)

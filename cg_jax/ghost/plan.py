@@ -138,7 +138,9 @@ def _rule(use: Use, position: int) -> Product | Norm | None:
         return rule
     view = use.site.eqn.invars[position]
     chain = isometric_view(nested.body, view)
-    if chain is None or isinstance(rule, Norm):
+    if isinstance(rule, Norm):  # a body that runs once, and no view inside it
+        return rule if nested.call.length is None and chain == [] else None
+    if chain is None:
         return None
     source = chain[0].invars[0] if chain else view
     undone = rule._replace(to_view=lambda g: undo_view(chain, source, view, rule.to_view(g)))

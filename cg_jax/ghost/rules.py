@@ -87,7 +87,14 @@ def register_rule(primitive: str, rule: RuleBuilder) -> None:
             example: a `Product` (the gradient is Aᵀ B, with A from the one other operand and B from the cotangent), a
             `Norm` (a function from the operands that depend on the example, and the cotangent of the output, to ‖g‖²;
             the sum over the batch is then formed by the primitive's own vjp), or None where neither fits, for the
-            primitive's own vjp. It is asked only for real numbers.
+            primitive's own vjp. It is asked only for real numbers. In the body of a scan a `Norm` is not used.
+
+            Of a Product `dims` are (N, T, D, P): factors(input, cotangent) gives A [N, T, D] and B [N, T, P], N
+            independent products over T positions, and to_view makes of their G = Aᵀ B, [N, D, P], an array of the
+            shape of the operand.
+
+    Raises:
+        TypeError: primitive is no string; when a loss is traced, a rule that gives something else.
 
     Examples:
         A bias of the output's own shape: its gradient is the cotangent.
@@ -103,6 +110,10 @@ def register_rule(primitive: str, rule: RuleBuilder) -> None:
         Array([25.,  1.], dtype=float32)
         >>> del cg.ghost.RULES["add"]
     """
+    if not isinstance(primitive, str):
+        raise TypeError(
+            f"Expected primitive to be the name of one, as jax.make_jaxpr prints it, got {type(primitive).__name__}."
+        )
     RULES[primitive] = rule
 
 
@@ -110,4 +121,9 @@ def rule_for(eqn: Any, view: int) -> Rule | None:
     """The rule for a parameter at operand `view` of an equation, if there is one; for real numbers."""
     builder = RULES.get(eqn.primitive.name)
     is_complex = any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in (*eqn.invars, *eqn.outvars))
-    return None if builder is None or is_complex else builder(eqn, view)
+    rule = None if builder is None or is_complex else builder(eqn, view)
+    if rule is not None and not isinstance(rule, Product | Norm):
+        raise TypeError(
+            f"Expected the rule of {eqn.primitive.name} to give a Product, a Norm or None, got {type(rule).__name__}."
+        )
+    return rule
