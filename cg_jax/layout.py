@@ -94,10 +94,14 @@ class Layout:
         def shape(leaf: Any, spec: PartitionSpec | None) -> tuple[int, ...]:
             return (self.num_shards, *leaf.shape) if by_shard and self._divided(spec) is None else leaf.shape
 
-        made = [(shape(leaf, spec), leaf.dtype) for leaf, spec in zip(leaves, specs, strict=True)]
-        lie = [self.on(self._row_spec(spec) if by_shard else spec or PartitionSpec()) for spec in specs]
-        zeros = jax.jit(lambda: [jnp.zeros(*shape) for shape in made], out_shardings=lie)()
-        return jax.tree.unflatten(structure, zeros)
+        made = [
+            self.constrain(
+                jnp.zeros(shape(leaf, spec), leaf.dtype),
+                self._row_spec(spec) if by_shard else spec or PartitionSpec(),
+            )
+            for leaf, spec in zip(leaves, specs, strict=True)
+        ]
+        return jax.tree.unflatten(structure, made)
 
     def per_shard(
         self,
@@ -132,7 +136,9 @@ class Layout:
         rows = [leaf for leaf, is_divided in zip(leaves, divided, strict=True) if not is_divided]
 
         def local(rows: list[jax.Array]) -> list[jax.Array]:
-            return jax.lax.psum([row[0] for row in rows], self.axis)
+            mine = [row[0] for row in rows]
+            # XLA refuses an all-reduce over an axis of one device beside axes that it divides itself.
+            return mine if self.num_shards == 1 else jax.lax.psum(mine, self.axis)
 
         totals = iter(self.mapped(local, (PartitionSpec(self.axis),), PartitionSpec())(rows))
         whole = [leaf if is_divided else next(totals) for leaf, is_divided in zip(leaves, divided, strict=True)]

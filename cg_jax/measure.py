@@ -73,12 +73,21 @@ def _deviation_step(
     return layout.per_shard(functools.partial(deviations, how), inputs, specs, total, [None], batch)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _zeros(how: Estimator, layout: Layout | None, params: PyTree, rows: PyTree) -> Sums:
     """The sums of no examples."""
     shapes = how.shapes(params, rows)
     if layout is None:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return layout.zeros(shapes, _specs(layout, shapes), by_shard=how.by_example)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zero(layout: Layout | None, dtype: Any) -> jax.Array:
+    """No deviation yet, of every device."""
+    if layout is None:
+        return jnp.zeros((), dtype)
+    return layout.zeros(jax.ShapeDtypeStruct((), dtype), [None], by_shard=True)
 
 
 def _raise_nonfinite(bad: np.ndarray, batch: Batch, layout: Layout | None) -> None:
@@ -175,8 +184,7 @@ class _Run(NamedTuple):
     def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:
         """The infinitesimal jackknife's standard error of α, by one more pass."""
         mean_grad = jax.tree.map(lambda s: s / sums.moments.count, sums.moments.sum_grads)
-        inputs, like = (self.params, mean_grad, found.alpha), jax.ShapeDtypeStruct((), found.alpha.dtype)
-        total = jnp.zeros(()) if self.layout is None else self.layout.zeros(like, [None], by_shard=True)
+        inputs, total = (self.params, mean_grad, found.alpha), _zero(self.layout, found.alpha.dtype)
         for batch, (ids, sq_norms) in zip(batches.batches, by_batch, strict=True):
             total = _deviation_step(self.how, self.layout, inputs, total, (batch.rows, ids, sq_norms))
         return jnp.sqrt(total.sum()) / trees.total(sums.moments.sum_sq_norms)

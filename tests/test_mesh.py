@@ -122,6 +122,16 @@ def _placed(params, mesh, specs):
 TENSOR_PARALLEL = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model"), "b2": P()}
 
 
+@pytest.mark.parametrize("where", ["host", "devices"])
+def test_one_device_along_the_data_axis(where):
+    mesh = _mesh(1, 4)
+    data = _data(21) if where == "host" else jax.tree.map(jnp.asarray, _data(21))
+    got = cg.measure_coherence(
+        loss_fn, _placed(_params(), mesh, TENSOR_PARALLEL), data, batch_size=8, mesh=mesh, confidence=True
+    )
+    _same(got, cg.measure_coherence(loss_fn, _params(), data, batch_size=8, confidence=True))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_tensor_parallel_sums_keep_the_sharding_and_gather_nothing(kind):
     mesh = _mesh(2, 4, kind=kind)
