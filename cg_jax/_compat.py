@@ -1,6 +1,7 @@
 """The one module that touches JAX's internals, or looks up what changes between its releases."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,10 @@ def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
+
+
 def _primitives(jaxpr: Any) -> Iterator[str]:
     """The names of the primitives of a jaxpr, those of its inner jaxprs too."""
     for eqn in _closed(jaxpr)[0].eqns:
@@ -139,9 +144,25 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
 def _primitives_of(eqn: Any) -> Iterator[str]:
     """The name of an equation's primitive, and those of its inner jaxprs."""
     yield eqn.primitive.name
-    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)):
-        if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
+    for inner in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
+        if _is_jaxpr(inner):
             yield from _primitives(inner)
+
+
+def operations(eqn: Any) -> int:
+    """About how many multiplications and additions an equation takes: products are counted, all else by its results."""
+    inner = [leaf for leaf in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
+    if inner:
+        repeats = eqn.params.get("length") or 1 if eqn.primitive.name == "scan" else 1
+        return repeats * sum(operations(each) for jaxpr in inner for each in _closed(jaxpr)[0].eqns)
+    made = sum(out.aval.size for out in eqn.outvars if hasattr(out.aval, "size"))
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * made * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        return 2 * made * kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return made
 
 
 def holds(eqn: Any, name: str) -> bool:

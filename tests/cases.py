@@ -182,6 +182,19 @@ def _(p, x):
     return (_clipped(jnp.tanh(x @ p["v"]), p["w"]) ** 2).sum()
 
 
+@case("a norm divides, and is a penalty", {"w": _normal(4, 3), "v": _normal(3), "only": _normal(2, 2)}, _normal(B, 4))
+def _(p, x):
+    norm = jnp.sqrt((p["w"] ** 2).sum() + (p["v"] ** 4).sum())
+    h = jnp.tanh(x @ p["w"] / norm + p["v"])
+    return (h * jnp.exp(p["only"].prod())).sum() ** 2 + norm * (x[0] + 2 * jnp.abs(p["w"]).sum())
+
+
+@case("a number of tensors that are used in a scan", {"w": 0.5 * _normal(4, 4), "b": _normal(4)}, _normal(B, 3, 4))
+def _(p, x):
+    h, _ = lax.scan(lambda h, row: (jnp.tanh(h @ p["w"] + row + p["b"]), None), x[0], x)
+    return h.sum() ** 2 * (p["w"] ** 2).sum() + (p["b"] ** 2).sum()
+
+
 @case("penalty in the loss", {"w": 0.4 * _normal(4, 4), "v": 0.4 * _normal(4, 4)}, _normal(B, 4))  # tanh unsaturated
 def _(p, x):
     return jnp.tanh(x @ p["v"] @ p["w"]).sum() + 0.1 * (p["w"] ** 2).sum()

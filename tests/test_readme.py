@@ -3,7 +3,12 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import cg_jax as cg
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +25,25 @@ def test_it_shows_two_uses_in_python_and_links_to_what_is_there():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
     assert links
     assert all((ROOT / link).is_file() for link in links)
+
+
+def test_the_rule_that_the_engines_page_shows_is_right():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "engine.md").read_text(encoding="utf-8"), re.DOTALL)
+    w, x = jnp.array([2.0, -1.0]), jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+
+    def loss_fn(w, x):
+        place = jnp.argmax(x[:3])
+        return (jnp.sin(jax.lax.dynamic_update_slice(x, w, (place,))) * x).sum()
+
+    before = dict(cg.ghost.RULES)
+    try:
+        exec(compile(block, "docs/engine.md", "exec"), {})
+        assert cg.explain(loss_fn, w, x[0])[0].rule == "norm"
+        got, want = (cg.grad_moments(loss_fn, method=method)(w, x) for method in ("ghost", "vmap"))
+    finally:
+        cg.ghost.RULES.clear()
+        cg.ghost.RULES.update(before)
+    np.testing.assert_allclose(got.sum_sq_norms, want.sum_sq_norms, rtol=1e-5)
 
 
 @pytest.mark.parametrize("line", re.findall(r"^python -m experiments (.*)$", TEXT, re.MULTILINE))

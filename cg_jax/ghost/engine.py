@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, _validate, trees
-from cg_jax.ghost import capture, instances, plan, views
+from cg_jax.ghost import capture, instances, plan, scalars, views
 from cg_jax.ghost.backward import Traces, backward
 from cg_jax.ghost.capture import Program, Site, Use, evaluate, read_all
 from cg_jax.ghost.plan import RulePlan
@@ -68,6 +68,7 @@ def statistics(
     for i, leaf in enumerate(leaves):
         dtype = trees.accumulator_dtype(leaf.dtype)
         made.setdefault(i, (jnp.zeros(size, dtype), jnp.zeros(leaf.shape, dtype)))
+    made |= scalars.add(program, env, todo, traces, made)
     sq_norms, sums = ([made[i][k] for i in range(len(leaves))] for k in (0, 1))
     return losses, jax.tree.unflatten(structure, sq_norms), jax.tree.unflatten(structure, sums)
 

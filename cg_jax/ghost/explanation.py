@@ -30,10 +30,10 @@ class TensorPlan(NamedTuple):
 
 
 class Explanation(tuple[TensorPlan, ...]):
-    """One `TensorPlan` for each tensor; printed, a table of it: operations and bytes for one example."""
+    """One `TensorPlan` for each tensor; printed, a table of it. "at once" is for how many examples the kB exist."""
 
     def __str__(self) -> str:
-        rows = [("tensor", "shape", "rule", "Mflop", "kB", "chunk", "uses", "why")]
+        rows = [("tensor", "shape", "rule", "Mflop/example", "kB/example", "at once", "uses", "why it falls back")]
         for row in self:
             used = row.uses[0] + (f" and {len(row.uses) - 1} more" if len(row.uses) > 1 else "") if row.uses else ""
             chunk = "any" if row.chunk >= _MANY else str(row.chunk or "")
@@ -90,6 +90,7 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
     for group in todo.groups:
         size = plan.group_bytes(program, group.parameters, group.uses)
         made |= {i: _in_group(group, k, used[i], size) for k, i in enumerate(group.parameters)}
+    made = dict.fromkeys(todo.others, _ONE_NUMBER) | made
     nothing = ("none", 0, 0, 0, "no example's gradient reaches it" if program.is_dynamic() else _SAME)
     leaves = jax.tree.leaves(kept)
     return Explanation(
@@ -100,6 +101,8 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
 
 # A chunk that no batch passes.
 _MANY = 4096
+# All that the tensor does is done by a number that is made of it: gᵢ = cᵢ v, and ‖gᵢ‖² = cᵢ² ‖v‖².
+_ONE_NUMBER = ("closed", 3, 0, _MANY, "")
 _SAME = "the loss ignores the example: one gradient serves all"
 
 
@@ -136,8 +139,7 @@ def _in_group(group: GroupPlan, k: int, uses: list[Use], size: int) -> tuple[str
     for use in uses:
         rules = [rule for p in use.site.views if isinstance(rule := rule_for(use.site.eqn, p), Product)]
         length = (use.nested.call.length or 1) if use.nested else 1
-        cotangent = sum(math.prod(out.aval.shape) for out in use.site.eqn.outvars)
-        operations += length * (2 * math.prod(rules[0].dims) if rules else 2 * cotangent)
+        operations += length * (2 * math.prod(rules[0].dims) if rules else 2 * _compat.operations(use.site.eqn))
     reason = group.reasons[k]
     if group.whole_loss:
         reason += "; JAX has no reverse mode for " + ", ".join(sorted({use.site.eqn.primitive.name for use in uses}))

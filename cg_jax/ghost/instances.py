@@ -34,7 +34,7 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
     def gradient(traces: list[Trace]) -> list[jax.Array]:
         total = {view: _compat.zeros(view.aval) for view in views}
         for (use, positions), trace in zip(group.uses, traces, strict=True):
-            for view, part in _of_use(use, positions, env, trace):
+            for view, part in of_use(use, positions, env, trace):
                 total[view] += part
         return trees.accumulate(to_parameters([total[view] for view in views])[0])
 
@@ -66,7 +66,7 @@ def operands_of(site: Site, env: dict[Any, Any], seen: list[jax.Array]) -> list[
     return values
 
 
-def _of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Trace) -> list[tuple[Any, jax.Array]]:
+def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Trace) -> list[tuple[Any, jax.Array]]:
     """One example's gradients with respect to the outermost variables that a use's views come from."""
     seen, cotangents = trace
     if use.nested is not None:

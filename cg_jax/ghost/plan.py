@@ -15,8 +15,10 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from cg_jax import _compat, trees
-from cg_jax.ghost.capture import Program, Use, uses_of
+from cg_jax.ghost.capture import Program, Use, leading_to, uses_of
 from cg_jax.ghost.product import Product, lift
 from cg_jax.ghost.rules import Norm, rule_for
 from cg_jax.ghost.views import isometric_view, undo_view
@@ -62,16 +64,21 @@ class GroupPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the engine does with every parameter tensor; tensors in neither list have no gradient."""
+    """What the engine does with every parameter tensor; tensors in no list have no gradient."""
 
     rules: tuple[RulePlan, ...]
     groups: tuple[GroupPlan, ...]
+    scalars: tuple[tuple[Use, int], ...]  # (use, position) of numbers that were made of whole tensors
+    others: dict[int, tuple[tuple[Use, int], ...]]  # the other uses of the tensors that they were made of
 
 
 def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
     """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own."""
     limit = max_bytes or _MAX_BYTES.get(_compat.backend(), _MAX_BYTES_ACCELERATOR)
     found = uses_by_parameter(program)
+    scalars = _scalar_uses(program, found)
+    concerned = frozenset().union(*(_parameters(program, use, position) for use, position in scalars))
+    found = {i: [each for each in uses if each not in scalars] for i, uses in found.items()}
     rules: list[RulePlan] = []
     reasons: dict[int, str] = {}
     for parameter, uses in found.items():
@@ -80,7 +87,30 @@ def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
             reasons[parameter] = plan
         elif plan is not None:
             rules.append(plan)
-    return Plan(tuple(rules), _groups(program, {i: found[i] for i in reasons}, reasons, limit))
+    groups = _groups(program, {i: found[i] for i in reasons}, reasons, limit)
+    return Plan(tuple(rules), groups, tuple(scalars), {i: tuple(found[i]) for i in concerned})
+
+
+def _scalar_uses(program: Program, found: dict[int, list[tuple[Use, int]]]) -> list[tuple[Use, int]]:
+    """The uses of one real number that is made of larger tensors, all of whose other uses can be followed forward."""
+
+    def is_number(use: Use, position: int) -> bool:
+        var = use.site.eqn.invars[position]
+        if use.nested is not None or var.aval.size != 1 or not jnp.issubdtype(var.aval.dtype, jnp.floating):
+            return False
+        if isometric_view(program, var) is not None or not _compat.has_reverse_mode(use.site.eqn, [position]):
+            return False
+        return not any(map(_compat.has_custom_vjp, (use.site.eqn, *leading_to([var], program.static))))
+
+    numbers = list(dict.fromkeys(each for uses in found.values() for each in uses if is_number(*each)))
+
+    def can_be_followed(use: Use, position: int) -> bool:
+        others = [o for i in _parameters(program, use, position) for o in found[i] if o not in numbers]
+        return all(o.nested is None and not _compat.has_custom_vjp(o.site.eqn) for o, _ in others) and all(
+            _compat.has_reverse_mode(o.site.eqn, [p]) for o, p in others
+        )
+
+    return [each for each in numbers if can_be_followed(*each)]
 
 
 def uses_by_parameter(program: Program) -> dict[int, list[tuple[Use, int]]]:
@@ -104,6 +134,8 @@ def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]], li
         return f"used {len(uses)} times: gradients add up before they are squared"
     ((use, position),) = uses
     name = use.site.eqn.primitive.name
+    if name == "scan":
+        return "the scan is taken whole: a parameter is in its carry, or its body cannot be taken apart"
     if len(use.site.views) > 1 or len(use.variables(position)) > 1:
         return f"several parameters meet in one {name}"
     (view,) = use.variables(position)
@@ -114,7 +146,8 @@ def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]], li
     if chain is None:
         return f"transformed by other parameters or by more than a rearrangement before {name}"
     if rule is None:
-        return f"no rule for {name} here: its own vjp"
+        where = "in the body of a scan or checkpoint" if use.nested else "here"
+        return f"no rule for {name} {where}: its own vjp"
     form = "norm" if isinstance(rule, Norm) else product_form(rule)
     if isinstance(rule, Product) and not rule.rearranges and use.nested is not None:
         form = "instantiate"  # the primitive's own vjp, which would form the sum, stands in the body
