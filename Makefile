@@ -22,6 +22,8 @@ types: .venv/stamp
 bench: .venv/stamp
 	$(BIN)/python -m benchmarks.crossover --out benchmarks/results/crossover.json
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
+	$(BIN)/python -m benchmarks.aggregate --out benchmarks/results/aggregate.json
+	$(BIN)/python -m benchmarks.scaling --out benchmarks/results/scaling.json
 	$(BIN)/python -m benchmarks.figures
 
 # Where there is an NVIDIA GPU, JAX's plugin for it goes in too.

@@ -1,4 +1,4 @@
-"""The figures of the engine: its costs, from the benchmarks' JSON files, and how it works.
+"""The figures of the benchmarks, from their JSON files, and how the engine works.
 
 python -m benchmarks.figures [--results benchmarks/results] [--docs docs]
 """
@@ -45,6 +45,44 @@ def costs(results: list[dict[str, Any]], path: Path) -> None:
     axes[0, 0].set_ylabel("time / that of a plain gradient")
     axes[1, 0].set_ylabel("temporary memory / same")
     axes[0, -1].legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def scaling(found: dict[str, Any], path: Path) -> None:
+    """Time over examples and over parameters, and bytes over devices."""
+    fig, axes = plt.subplots(1, 3, figsize=(13.5, 3.8), layout="constrained")
+    for axis, rows, x, label in (
+        (
+            axes[0],
+            found["examples"],
+            "examples",
+            "examples m ({:,} parameters)".format(found["examples"][0]["parameters"]),
+        ),
+        (axes[1], found["parameters"], "parameters", "parameters (256 examples in batches of 64)"),
+    ):
+        for side, color, name in (
+            ("measure", "#1b6ca8", "measure_coherence"),
+            ("gradients", "#333333", "plain gradients"),
+        ):
+            ms = [row[f"{side}_ms"] for row in rows]
+            axis.plot([row[x] for row in rows], ms, "o-" if side == "measure" else "s:", color=color, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds, one device")
+        axis.legend(fontsize=8)
+    names = {"on every device": "#1b6ca8", "fully sharded": "#d1495b", "tensor parallel": "#edae49"}
+    for layout, color in names.items():
+        rows = [row for row in found["devices"] if row["layout"] == layout and row["examples"] == 1024]
+        rows = [row for row in rows if row["devices"] > 1]
+        for part, style in (("batch", "o-"), ("end", "s:")):
+            bytes_ = [max(sum(row[part].values()), 1) / row["parameter_bytes"] for row in rows]
+            text = f"{layout}: {'each batch' if part == 'batch' else 'at the end'}"
+            axes[2].plot([row["devices"] for row in rows], bytes_, style, color=color, label=text, markersize=4)
+    axes[2].set(
+        xscale="log", yscale="log", xlabel="devices", ylabel="bytes that collectives yield\n/ bytes of the parameters"
+    )
+    axes[2].set_xticks([2, 4, 8], ["2", "4", "8"])
+    axes[2].minorticks_off()
+    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -102,10 +140,11 @@ def how_it_works(path: Path) -> None:
 
 
 def main(results: Path = Path("benchmarks/results"), docs: Path = Path("docs")) -> None:
-    """Draw results/engine.png from results/engine.json, and docs/engine.png."""
+    """Draw results/engine.png and results/scaling.png from their JSON files, and docs/engine.png."""
     docs.mkdir(parents=True, exist_ok=True)
     how_it_works(docs / "engine.png")
     costs(json.loads((results / "engine.json").read_text())["results"], results / "engine.png")
+    scaling(json.loads((results / "scaling.json").read_text()), results / "scaling.png")
 
 
 if __name__ == "__main__":
