@@ -11,8 +11,6 @@ last program yield. Three layouts of the parameters: on every device; divided ov
 
 import dataclasses
 import json
-import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 import cg_jax as cg
+from benchmarks.programs import collectives, moved, of_measurement
 from benchmarks.timing import alternate, machine
-from cg_jax import measure
 
 _EXAMPLES = (1_000, 10_000, 100_000, 1_000_000)
 _WIDTHS = (316, 1_000, 3_162, 10_000)  # 1e5 to 1e8 parameters
@@ -67,20 +65,6 @@ def timed(width: int, m: int, batch_size: int, repeats: int) -> dict[str, Any]:
     return {"parameters": size, "examples": m, "batch_size": batch_size} | {f"{k}_ms": v for k, v in ms.items()}
 
 
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
-
-
-def collectives(program: Any) -> dict[str, int]:
-    """Bytes that the collectives of each kind yield on one device."""
-    found: dict[str, int] = {}
-    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    for result, kind in re.findall(pattern, program.as_text()):
-        shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)
-        size = sum(_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes)
-        found[kind] = found.get(kind, 0) + size
-    return found
-
-
 LAYOUTS = {
     "on every device": {"in": P(), "hidden": P()},
     "fully sharded": {"in": P(None, "data"), "hidden": P(None, "data")},
@@ -88,38 +72,27 @@ LAYOUTS = {
 }
 
 
-def moved(layout: str, devices: int, m: int, width: int = 1_024) -> dict[str, Any]:
+def _by_kind(program: Any) -> dict[str, int]:
+    return {kind: moved(program, kind) for kind, _ in collectives(program)}
+
+
+def divided(layout: str, devices: int, m: int, width: int = 1_024) -> dict[str, Any]:
     """What the two programs of a measurement move and hold on one device."""
     shape = (devices // 4, 4) if layout == "tensor parallel" else (devices, 1)
     kinds = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=kinds, devices=jax.devices()[:devices])
     specs = {name: NamedSharding(mesh, spec) for name, spec in LAYOUTS[layout].items()}
     params = jax.device_put(make(width), specs)
-    programs: dict[str, Any] = {}
-    step, finish = measure._step, measure._finish
-
-    def noting(name: str, f: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            if name not in programs:
-                programs[name] = f.lower(*arguments).compile()
-            return f(*arguments)
-
-        return call
-
-    measure._step, measure._finish = noting("batch", step), noting("end", finish)
-    try:
-        data = np.random.default_rng(0).normal(size=(m, 32)).astype(np.float32)
-        cg.measure_coherence(loss_fn, params, data, batch_size=256, mesh=mesh)
-    finally:
-        measure._step, measure._finish = step, finish
-    memory = programs["batch"].memory_analysis()
+    data = np.random.default_rng(0).normal(size=(m, 32)).astype(np.float32)
+    programs = of_measurement(loss_fn, params, data, batch_size=256, mesh=mesh)
+    memory = programs.batch.memory_analysis()
     return {
         "layout": layout,
         "devices": devices,
         "examples": m,
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-        "batch": collectives(programs["batch"]),
-        "end": collectives(programs["end"]),
+        "batch": _by_kind(programs.batch),
+        "end": _by_kind(programs.end),
         "batch_argument_bytes": memory.argument_size_in_bytes,
         "batch_temp_bytes": memory.temp_size_in_bytes,
     }
@@ -144,7 +117,7 @@ def main(options: Options) -> None:
         print(f", {ratio:.2f} x as many plain gradients")
     cases = [(name, n, 1_024) for name in LAYOUTS for n in _DEVICES if name != "tensor parallel" or n >= 4]
     cases += [("on every device", 8, 16_384)]
-    devices = [moved(*case) for case in tqdm(cases, desc="devices")]
+    devices = [divided(*case) for case in tqdm(cases, desc="devices")]
     for row in devices:
         print(row)
     written = {"machine": machine(), "examples": examples, "parameters": parameters, "devices": devices}

@@ -2,7 +2,6 @@
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
+from benchmarks import programs
 
 HOW = ["checked", "unchecked", "pmap"]
 RULES = {"median": cg.median(), "mean": cg.mean(), "trimmed_mean": cg.trimmed_mean(1)}
@@ -132,9 +132,9 @@ def test_the_traffic_is_that_of_an_all_reduce_and_the_memory_three_gradients(n):
     ours, gathering = _programs(n)
     padded = 4 * (SIZE + -SIZE % n)
     # Of what either collective yields, 1/n was there already: 2 P (n − 1)/n are received.
-    assert hlo.collectives(ours) == [("all-to-all", padded), ("all-gather", padded)]
+    assert programs.collectives(ours) == [("all-to-all", padded), ("all-gather", padded)]
     assert ours.memory_analysis().temp_size_in_bytes <= 3 * padded
-    assert hlo.moved(gathering) == n * 4 * SIZE
+    assert programs.moved(gathering) == n * 4 * SIZE
     if n > 2:
         assert ours.memory_analysis().temp_size_in_bytes < gathering.memory_analysis().temp_size_in_bytes
 
@@ -142,7 +142,7 @@ def test_the_traffic_is_that_of_an_all_reduce_and_the_memory_three_gradients(n):
 def test_stacked_moves_and_holds_k_times_as_much():
     ours, _ = _programs(8, 3)
     padded = 4 * (SIZE + -SIZE % 8)
-    assert hlo.collectives(ours) == [("all-to-all", 3 * padded), ("all-gather", padded)]
+    assert programs.collectives(ours) == [("all-to-all", 3 * padded), ("all-gather", padded)]
     assert ours.memory_analysis().temp_size_in_bytes <= 3 * 3 * padded
 
 

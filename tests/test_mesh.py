@@ -2,7 +2,6 @@
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
+from benchmarks import programs
 from cg_jax import measure
 
 
@@ -73,25 +73,8 @@ def test_any_number_of_devices_and_examples_gives_what_one_device_gives(n, m):
         _same(cg.measure_coherence(loss_fn, _params(), data, batch_size=16, mesh=mesh), want)
 
 
-class _Programs:
-    """The step and the last program of a measurement, compiled as they are by it."""
-
-    def __init__(self, mesh, params, loss_fn=loss_fn, m=64, batch_size=16):
-        compiled, step, finish = {}, measure._step, measure._finish
-
-        def noting(name, f):
-            def call(*arguments):
-                compiled.setdefault(name, f.lower(*arguments).compile())
-                return f(*arguments)
-
-            return call
-
-        measure._step, measure._finish = noting("step", step), noting("finish", finish)
-        try:
-            self.result = cg.measure_coherence(loss_fn, params, _data(m), batch_size=batch_size, mesh=mesh)
-        finally:
-            measure._step, measure._finish = step, finish
-        self.step, self.finish = compiled["step"], compiled["finish"]
+def _programs(mesh, params, m=64):
+    return programs.of_measurement(loss_fn, params, _data(m), batch_size=16, mesh=mesh)
 
 
 def test_one_program_is_compiled_for_all_batches_however_the_parameters_lie():
@@ -106,11 +89,11 @@ FLAGS = 16 * 4  # one int32 for each example of a batch says whether it is finit
 
 
 def test_one_all_reduce_of_the_parameters_ends_a_measurement_whatever_its_size():
-    small, large = _Programs(_mesh(8), _params(), m=64), _Programs(_mesh(8), _params(), m=640)
-    for programs in (small, large):
-        assert hlo.collectives(programs.step) == [("all-gather", FLAGS)]
-        assert {kind for kind, _ in hlo.collectives(programs.finish)} == {"all-reduce"}
-        scalars = hlo.moved(programs.finish) - SIZE
+    small, large = _programs(_mesh(8), _params(), m=64), _programs(_mesh(8), _params(), m=640)
+    for found in (small, large):
+        assert programs.collectives(found.batch) == [("all-gather", FLAGS)]
+        assert {kind for kind, _ in programs.collectives(found.end)} == {"all-reduce"}
+        scalars = programs.moved(found.end) - SIZE
         assert 0 < scalars <= 64
     assert int(large.result.count) == 640
 
@@ -135,14 +118,14 @@ def test_one_device_along_the_data_axis(where):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_tensor_parallel_sums_keep_the_sharding_and_gather_nothing(kind):
     mesh = _mesh(2, 4, kind=kind)
-    programs = _Programs(mesh, _placed(_params(), mesh, TENSOR_PARALLEL))
-    _same(programs.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
-    assert hlo.moved(programs.step, "all-gather", "all-to-all", "collective-permute") == FLAGS
-    assert hlo.moved(programs.step, "all-reduce") < 16 * 32 * 4  # activations and norms of 8 examples
+    found = _programs(mesh, _placed(_params(), mesh, TENSOR_PARALLEL))
+    _same(found.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
+    assert programs.moved(found.batch, "all-gather", "all-to-all", "collective-permute") == FLAGS
+    assert programs.moved(found.batch, "all-reduce") < 16 * 32 * 4  # activations and norms of 8 examples
     quarters = sum(p.nbytes for name, p in _params().items() if name != "b2") // 4 + _params()["b2"].nbytes
-    assert 0 < hlo.moved(programs.finish) - quarters <= 64
-    assert {kind for kind, _ in hlo.collectives(programs.finish)} == {"all-reduce"}
-    sums = programs.step.output_shardings[0].moments.sum_grads
+    assert 0 < programs.moved(found.end) - quarters <= 64
+    assert {kind for kind, _ in programs.collectives(found.end)} == {"all-reduce"}
+    sums = found.batch.output_shardings[0].moments.sum_grads
     assert {name: sharding.spec for name, sharding in sums.items()} == {
         name: P("data", *spec) for name, spec in TENSOR_PARALLEL.items()
     }
@@ -153,24 +136,24 @@ FULLY_SHARDED = {"w1": P(None, "data"), "b1": P("data"), "w2": P("data"), "b2": 
 
 def test_parameters_divided_over_the_data_axis_are_gathered_and_their_sums_scattered_in_every_batch():
     mesh = _mesh(8)
-    programs = _Programs(mesh, _placed(_params(), mesh, FULLY_SHARDED))
-    _same(programs.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
+    found = _programs(mesh, _placed(_params(), mesh, FULLY_SHARDED))
+    _same(found.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
     divided = SIZE - _params()["b2"].nbytes
-    assert hlo.moved(programs.step, "all-gather") == divided + FLAGS
-    assert hlo.moved(programs.step, "reduce-scatter") == divided // 8
-    assert hlo.moved(programs.finish) <= 128
-    sums = programs.step.output_shardings[0].moments.sum_grads
+    assert programs.moved(found.batch, "all-gather") == divided + FLAGS
+    assert programs.moved(found.batch, "reduce-scatter") == divided // 8
+    assert programs.moved(found.end) <= 128
+    sums = found.batch.output_shardings[0].moments.sum_grads
     assert sums["w1"].spec == FULLY_SHARDED["w1"]
 
 
 def test_both_together_gather_over_the_data_axis_only():
     mesh = _mesh(2, 4)
     specs = {"w1": P("data", "model"), "b1": P("model"), "w2": P(("model", "data"), None), "b2": P()}
-    programs = _Programs(mesh, _placed(_params(), mesh, specs))
-    _same(programs.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
+    found = _programs(mesh, _placed(_params(), mesh, specs))
+    _same(found.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
     weights = _params()["w1"].nbytes + _params()["w2"].nbytes
-    assert hlo.moved(programs.step, "all-gather") == weights // 4 + FLAGS
-    assert hlo.moved(programs.step, "reduce-scatter") == weights // 8
+    assert programs.moved(found.batch, "all-gather") == weights // 4 + FLAGS
+    assert programs.moved(found.batch, "reduce-scatter") == weights // 8
 
 
 def attention_loss(p, x):
