@@ -58,7 +58,7 @@ class Step:
         """MB of temporaries, and of arguments that results are written over."""
         found = self.program.memory_analysis()
         if found is None:  # not every backend tells
-            return {}
+            return {"temp_mb": float("nan"), "alias_mb": float("nan")}
         return {"temp_mb": found.temp_size_in_bytes / 1e6, "alias_mb": found.alias_size_in_bytes / 1e6}
 
 

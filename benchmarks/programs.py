@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from cg_jax import measure
+from cg_jax import measure_coherence, stream
 from cg_jax.metrics import Coherence
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
@@ -36,7 +36,7 @@ class Programs(NamedTuple):
 
 def of_measurement(*arguments: Any, **options: Any) -> Programs:
     """The programs of `cg_jax.measure_coherence(*arguments, **options)`."""
-    compiled, step, finish = {}, measure._step, measure._finish
+    compiled, step, finish = {}, stream._step, stream._finish
 
     def noting(name: str, f: Any) -> Any:
         def call(*given: Any) -> Any:
@@ -46,9 +46,9 @@ def of_measurement(*arguments: Any, **options: Any) -> Programs:
 
         return call
 
-    measure._step, measure._finish = noting("batch", step), noting("end", finish)
+    stream._step, stream._finish = noting("batch", step), noting("end", finish)
     try:
-        result = measure.measure_coherence(*arguments, **options)
+        result = measure_coherence(*arguments, **options)
     finally:
-        measure._step, measure._finish = step, finish
+        stream._step, stream._finish = step, finish
     return Programs(result, compiled["batch"], compiled["end"])

@@ -1,11 +1,12 @@
 """Gradient coherence for JAX: exact per-example gradient statistics, and robust aggregation of gradients."""
 
-from cg_jax.aggregate import consecutive, m3, median_of_k, micro_batch_grads, ra3, rm3, rolling, stacked
+from cg_jax.aggregate import consecutive, m3, median_of_k, ra3, rm3, rolling, stacked
 from cg_jax.bound import generalization_bound
 from cg_jax.collective import across_devices
 from cg_jax.ghost import explain, register_rule
 from cg_jax.measure import measure_coherence
 from cg_jax.metrics import Coherence, Ratios, coherence
+from cg_jax.micro_batch import micro_batch_grads
 from cg_jax.moments import GradMoments, merge
 from cg_jax.per_example import alignments, per_example_grads
 from cg_jax.rules import mean, median, trimmed_mean, winsorized_mean

@@ -237,6 +237,11 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(cast, tree) if axes else tree
 
 
+def vary_like(tree: Any, other: Any) -> Any:
+    """Each leaf, made to vary over the axes that its like in `other` varies over."""
+    return jax.tree.map(lambda leaf, like: vary(leaf, _varying(like)), tree, other)
+
+
 def zeros(like: Any, leading: tuple[int, ...] = ()) -> Any:
     """Zeros [*leading, *shape] of the dtype of an aval, which vary over the axes that it varies over."""
     return vary(jax.numpy.zeros((*leading, *like.shape), like.dtype), _varying(like))

@@ -5,7 +5,7 @@ Weight decay and momentum compose outside, with `optax.chain`. The papers added 
 median, and used no momentum: `optax.chain(optax.add_decayed_weights(c), cg.rm3(), optax.sgd(lr))`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax.experimental import aggregating
 
-from cg_jax import _compat, _validate, trees
-from cg_jax.per_example import LossFn, checked_loss, require_dependence
+from cg_jax import _validate, trees
 from cg_jax.rules import Rule, mean, median
 
 PyTree = Any
@@ -223,7 +222,8 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
             seen = rule(jnp.stack([*slots, _cast(update, slots)]))
             return seen if k == 1 else jnp.where(state.num_seen < k - 1, _cast(update, slots), seen)
 
-        # Slots of their own, which move up by one: XLA would copy one array of all of them, not write it in place.
+        # Arrays of their own, which move up by one. One array of all of them, written in turn, XLA copies twice in a
+        # training step; slots that are chosen entry by entry, old or new, are no faster and take more memory.
         grads = jax.tree.map(lambda update, *slots: _cast(update, slots), updates, *state.grads)
         after = RollingState(jnp.minimum(state.num_seen + 1, k - 1), (*state.grads, grads)[1:])
         return jax.tree.map(direction, updates, *state.grads), after
@@ -258,44 +258,3 @@ def ra3() -> optax.GradientTransformationExtraArgs:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
     """
     return rolling(mean(), 3)
-
-
-def micro_batch_grads(loss_fn: LossFn, k: int) -> Callable[[PyTree, PyTree], PyTree]:
-    """The function (params, batch) → the mean gradient of each of k groups of the batch, [k, *param].
-
-    Row j is (k/B) Σ ∇ loss_fn(params, batch[i]) over the examples i of group j: rows j B/k to (j + 1) B/k of the batch.
-    Feeds `stacked`. Pure; call it inside your own jitted step.
-
-    Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.
-        k: Number of groups, ≥ 1, a divisor of the batch size.
-
-    Returns:
-        A function of params and batch (a pytree whose leaves share a leading axis B); None for integer leaves.
-
-    Raises:
-        ValueError: k < 1, k that does not divide B, an empty batch, leading axes that disagree, or a loss that does not
-            depend on params.
-        TypeError: loss_fn does not return a real scalar.
-
-    Examples:
-        >>> import jax, cg_jax as cg
-        >>> def loss_fn(w, x):
-        ...     return 0.5 * (w - x) ** 2
-        >>> cg.micro_batch_grads(loss_fn, 2)(jax.numpy.zeros(()), jax.numpy.array([1.0, 3.0, 7.0, 9.0]))
-        Array([-2., -8.], dtype=float32)
-    """
-    k = _validate.at_least("k", k, 1)
-
-    def grads(params: PyTree, batch: PyTree) -> PyTree:
-        size = _validate.leading_axis("batch", batch)
-        _validate.divides("k", k, "the batch size B", size)
-        batch = jax.tree.map(jnp.asarray, batch)
-        require_dependence(loss_fn, params, batch)
-        kept, rest = trees.partition(_compat.vary(params, _compat.varying_axes(batch)))
-        loss = checked_loss(loss_fn, rest)
-        groups = jax.tree.map(lambda leaf: leaf.reshape(k, size // k, *leaf.shape[1:]), batch)
-        mean_loss = lambda p, group: jax.vmap(loss, in_axes=(None, 0))(p, group).mean()  # noqa: E731
-        return jax.vmap(jax.grad(mean_loss), in_axes=(None, 0))(kept, groups)
-
-    return grads

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from cg_jax import _validate
-from cg_jax.layout import Layout
+from cg_jax.layout import Layout, as_auto
 
 PyTree = Any
 
@@ -49,11 +49,13 @@ def batches_of(data: Any, batch_size: int, layout: Layout | None, whole: bool) -
     """The batches of `data`, on the devices of the layout. With `whole`, only those that are."""
     several = layout is not None and jax.process_count() > 1
     share = batch_size if layout is None else -(-batch_size // layout.num_shards) * layout.local_shards()
+    if layout is not None and is_arrays(data) and _on_devices(data, layout):
+        data = as_auto(data)
+        return _device_batches(data, _validate.leading_axis("data", data), batch_size, layout, whole)
+    if layout is not None and several:
+        layout.require_places_of_one_process()
     if is_arrays(data):
-        size = _validate.leading_axis("data", data)
-        if layout is not None and _on_devices(data):
-            return _device_batches(data, size, batch_size, layout, whole)
-        sizes = _sizes_of_processes(size) if several else np.array([size])
+        size, sizes = _agreed(lambda: _validate.leading_axis("data", data), several)
         number, batches = -(-int(sizes.max()) // share), _array_batches(data, size, share, sizes)
     elif isinstance(data, Iterable):
         number = len(data) if isinstance(data, Sized) and not several else None
@@ -69,9 +71,27 @@ def _put(layout: Layout, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield Batch(rows, ids, batch.sizes)
 
 
-def _sizes_of_processes(size: int) -> np.ndarray:
-    """`size` of every process."""
-    return np.asarray(multihost_utils.process_allgather(np.int32(size)))
+def _agreed(size_of: Callable[[], int], several: bool) -> tuple[int, np.ndarray]:
+    """(how many examples this process has next, how many every process has).
+
+    An error in one process is raised in all: the others would wait for it.
+    """
+    if not several:
+        size = size_of()
+        return size, np.array([size])
+    size, error = -1, None
+    try:
+        size = size_of()
+    except Exception as found:
+        error = found
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(size)))
+    if error is not None:
+        raise error
+    if (sizes < 0).any():
+        raise ValueError(
+            f"Expected data from every process, got an error in process {int(sizes.argmin())}; it says why."
+        )
+    return size, sizes
 
 
 def _pad(rows: PyTree, start: int, size: int, share: int, sizes: tuple[int, ...]) -> Batch:
@@ -95,30 +115,39 @@ def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> It
 def _iterable_batches(data: Iterable[PyTree], share: int, limit: int, several: bool) -> Iterator[Batch]:
     """The batches of an iterable. Of several processes, one that has run out repeats its last rows, masked."""
     start, rows, iterator = 0, None, iter(data)
-    while True:
-        more, size = next(iterator, None), 0
-        if more is not None:
-            rows, size = more, _validate.leading_axis("batch", more)
+
+    def size_of_next() -> int:
+        nonlocal rows
+        more = next(iterator, None)
+        if more is None and rows is None:
+            raise ValueError("Expected data to hold at least one batch, got an empty iterable.")
+        if more is None:
+            return 0
+        rows, size = as_auto(more), _validate.leading_axis("batch", more)
         if size > limit:
             most = (
                 f"{limit} examples, this process's share of batch_size" if several else f"batch_size={limit} examples"
             )
             raise ValueError(f"Expected batches of at most {most}, got one of {size}.")
-        if rows is None:
-            raise ValueError("Expected data to hold at least one batch, got an empty iterable.")
-        sizes = _sizes_of_processes(size) if several else np.array([size])
+        return size
+
+    while True:
+        size, sizes = _agreed(size_of_next, several)
         if not sizes.any():
             return
         yield _pad(rows, start, size, share, tuple(int(n) for n in sizes))
         start += size
 
 
-def _on_devices(data: PyTree) -> bool:
-    """Whether all leaves are on devices, and not only on this one's of several processes."""
+def _on_devices(data: PyTree, layout: Layout) -> bool:
+    """Whether all leaves are on the devices of the layout; of a leaf that JAX may move, on any one device."""
     leaves = jax.tree.leaves(data)
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return False
-    return jax.process_count() == 1 or not any(leaf.is_fully_addressable for leaf in leaves)
+    if jax.process_count() > 1:
+        return not any(leaf.is_fully_addressable for leaf in leaves)
+    there = set(layout.mesh.devices.flat)
+    return all(leaf.sharding.device_set == there or not leaf.committed for leaf in leaves)
 
 
 def _device_batches(data: PyTree, size: int, batch_size: int, layout: Layout, whole: bool) -> Batches:

@@ -60,6 +60,7 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
         >>> jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P()))(jax.numpy.ones((1, 2)))
         Array([-0.1, -0.1], dtype=float32)
     """
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
 
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, Any]:
         del params, extra_args
@@ -68,9 +69,11 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
         leaves, structure = jax.tree.flatten(updates)
         _check(leaves, axis_name)
         out = list(leaves)
-        for dtype in dict.fromkeys(jnp.result_type(leaf) for leaf in leaves):
-            places = [i for i, leaf in enumerate(leaves) if jnp.result_type(leaf) == dtype]
-            found = _of_one_dtype(rule, axis_name, [leaves[i] for i in places], stacked)
+        # One buffer for leaves of a dtype that vary over the same axes: together they would vary over all of those.
+        kinds = [(jnp.result_type(leaf), _compat.varying_axes(leaf), leaf.size > 0) for leaf in leaves]
+        for kind in dict.fromkeys(kinds):
+            places = [i for i, each in enumerate(kinds) if each == kind]
+            found = _of_one_kind(rule, axis_name, [leaves[i] for i in places], stacked)
             for i, leaf in zip(places, found, strict=True):
                 out[i] = leaf
         return jax.tree.unflatten(structure, out), state
@@ -96,8 +99,10 @@ def _check(leaves: Sequence[jax.Array], axis_name: Any) -> None:
             )
 
 
-def _of_one_dtype(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacked: bool) -> list[jax.Array]:
+def _of_one_kind(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacked: bool) -> list[jax.Array]:
     """The rule over the devices, on one buffer of all leaves."""
+    if not leaves[0].size:
+        return [jnp.zeros(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype) for leaf in leaves]
     n, shapes = jax.lax.axis_size(axis_name), [leaf.shape[1:] if stacked else leaf.shape for leaf in leaves]
     rows = leaves[0].shape[0] if stacked else 1
     flat = jnp.concatenate([leaf.reshape(rows, -1) for leaf in leaves], axis=1)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _validate, trees
+from cg_jax import trees
 from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments
-from cg_jax.per_example import LossFn, alignments, checked_loss, require_dependence
+from cg_jax.per_example import LossFn, alignments, checked_loss, require_dependence, require_dependence_on
 from cg_jax.statistics import batch_statistics, fill_masked, to_moments
 
 PyTree = Any
@@ -51,6 +51,13 @@ class OfRows(NamedTuple):
     sq_norms: jax.Array  # ‖gᵢ‖², NaN where bad; "exact" only
 
 
+class Inputs(NamedTuple):
+    """What every batch is measured with."""
+
+    params: PyTree
+    seed: jax.Array  # of the random signs
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimator:
     """A way to measure: what is static of it."""
@@ -60,23 +67,23 @@ class Estimator:
     method: str
     batch_size: int
     guard: bool  # leave a batch out, for the time being, that holds what is not finite
-    seed: int
+    axis: str | None  # of the shard_map that it runs in
 
     @property
     def by_example(self) -> bool:
         """Whether loss_fn is the loss of one example."""
         return self.name != "batch"
 
-    def shapes(self, params: PyTree, rows: PyTree) -> Sums:
+    def shapes(self, inputs: Inputs, rows: PyTree) -> Sums:
         """The shapes of the sums of one batch."""
         ids = jax.ShapeDtypeStruct(jax.tree.leaves(rows)[0].shape[:1], jnp.int32)
-        sums: Sums = jax.eval_shape(self.of_batch, params, (rows, ids))[0]
+        sums: Sums = jax.eval_shape(dataclasses.replace(self, axis=None).of_batch, inputs, (rows, ids))[0]
         return sums._replace(previous=sums.moments.sum_grads) if not self.by_example else sums
 
-    def of_batch(self, params: PyTree, batch: tuple[PyTree, jax.Array]) -> tuple[Sums, OfRows]:
+    def of_batch(self, inputs: Inputs, batch: tuple[PyTree, jax.Array]) -> tuple[Sums, OfRows]:
         """(the sums of a batch, what it says of its rows), given (rows, their ids, −1 where masked)."""
         rows, ids = batch
-        sums, bad, sq_norms = _SUMS[self.name](self, params, rows, ids)
+        sums, bad, sq_norms = _SUMS[self.name](self, inputs, rows, ids)
         bad &= ids >= 0
         spoilt = bad.any() & self.guard
         sums = jax.tree.map(lambda leaf: jnp.where(spoilt, jnp.zeros_like(leaf), leaf), sums)
@@ -94,10 +101,10 @@ def _no_spread(like: jax.Array) -> Spread:
     return Spread(jnp.zeros((), jnp.int32), jnp.zeros_like(like), jnp.zeros_like(like))
 
 
-def _exact_sums(how: Estimator, params: PyTree, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+def _exact_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
     """By the engine, or vmap: S and Q, and the squared norm of every row."""
     mask = ids >= 0
-    found = batch_statistics(how.loss_fn, params, rows, mask, how.method)
+    found = batch_statistics(how.loss_fn, inputs.params, rows, mask, how.method)
     sq_norms = trees.total(found.sq_norms)
     moments = to_moments(found, mask.sum())
     return Sums(moments, _no_spread(sq_norms[0]), None), ~jnp.isfinite(sq_norms + found.losses), sq_norms
@@ -107,51 +114,65 @@ def _exact(how: Estimator, sums: Sums) -> tuple[GradMoments, None]:
     return sums.moments, None
 
 
-def _signs_sums(how: Estimator, params: PyTree, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
-    """S, and ‖Σ εᵢ gᵢ‖² of the batch, by one forward and two backward passes."""
+def _signs_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+    """S, and the mean of ‖Σ εᵢ gᵢ‖² over two draws of signs, by one forward and three backward passes.
+
+    Of two draws from the same examples the difference is by the signs alone.
+    """
     mask = ids >= 0
     rows = fill_masked(rows, mask)
-    require_dependence(how.loss_fn, params, rows)
-    kept, rest = trees.partition(params)
+    require_dependence(how.loss_fn, inputs.params, rows)
+    kept, rest = trees.partition(inputs.params)
     kept = jax.tree.map(jnp.asarray, kept)
     losses, pull = jax.vjp(lambda p: jax.vmap(checked_loss(how.loss_fn, rest), (None, 0))(p, rows), kept)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(how.seed), i))(ids)
-    signs = jax.vmap(lambda key: jax.random.rademacher(key, (), losses.dtype))(keys)
-    (total,), (signed,) = pull(mask.astype(losses.dtype)), pull(jnp.where(mask, signs, 0))
-    total = trees.accumulate(total)
-    norms = trees.sq_norms(signed)
-    whole = trees.total(norms)
+    weights = jnp.concatenate([jnp.ones_like(losses)[None], _signs_of(how, inputs, losses, ids)])
+    totals = [trees.accumulate(pull(jnp.where(mask, w, 0))[0]) for w in weights]
+    # Where no row counts, what was done to the first may still be NaN.
+    total, *signed = jax.tree.map(lambda leaf: jnp.where(mask.any(), leaf, 0), totals)
+    squares = [trees.sq_norms(each) for each in signed]
+    one, other = map(trees.total, squares)
     losses = jnp.where(mask, losses, 0).astype(trees.accumulator_dtype(losses.dtype))
+    norms = jax.tree.map(lambda q, r: (q + r) / 2, *squares)
     moments = GradMoments(mask.sum().astype(jnp.int32), losses.sum(), total, norms)
-    bad = ~jnp.isfinite(losses) | ~jnp.isfinite(whole + trees.total(trees.sq_norms(total)))
-    spread = Spread(mask.any().astype(jnp.int32), whole, whole**2)
-    return Sums(moments, spread, None), bad, jnp.full(ids.shape, jnp.nan, whole.dtype)
+    spread = Spread(mask.any().astype(jnp.int32), one + other, ((one - other) / 2) ** 2)
+    bad = ~jnp.isfinite(losses.sum() + one + other + trees.total(trees.sq_norms(total)))
+    return Sums(moments, spread, None), jnp.broadcast_to(bad, ids.shape), jnp.full(ids.shape, jnp.nan, one.dtype)
+
+
+def _signs_of(how: Estimator, inputs: Inputs, losses: jax.Array, ids: jax.Array) -> jax.Array:
+    """Two signs of every row, [2, B], the same whatever batch it is in; of every device its own."""
+    key = jax.random.key(inputs.seed)
+    if how.axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(how.axis))
+    return jax.vmap(lambda i: jax.random.rademacher(jax.random.fold_in(key, i), (2,), losses.dtype), 0, 1)(ids)
 
 
 def _signs(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
-    """The squares add up to an estimate of Q; its error is that of a sum of as many numbers as there were batches."""
-    error = jnp.sqrt(sums.spread.number * sums.spread.variance()) / sums.spread.total
+    """The squares add up to an estimate of Q, off by what the draws differ by."""
+    typical = sums.spread.total / sums.spread.number
+    error = _where_squares_fit(typical, jnp.sqrt(sums.spread.squares)) / (sums.spread.total / 2)
     return sums.moments, lambda found: found.alpha * error
 
 
-def _batch_sums(how: Estimator, params: PyTree, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+def _where_squares_fit(size: jax.Array, error: jax.Array) -> jax.Array:
+    """`error`, NaN where squares of numbers of that size leave the range of the dtype."""
+    limits = jnp.finfo(size.dtype)
+    low, high = limits.tiny**0.5 * 100, limits.max**0.5 / 100
+    return jnp.where((size > low) & (size < high), error, jnp.nan)
+
+
+def _batch_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
     """k times the mean gradient of the batch, and its squared norm."""
-    kept, rest = trees.partition(params)
-    kept = jax.tree.map(jnp.asarray, kept)
-    _validate.something_to_differentiate(kept)
-    loss, grads = jax.value_and_grad(lambda p: _mean_loss(how.loss_fn, trees.combine(p, rest), rows))(kept)
+    kept, rest = trees.partition(inputs.params)
+    kept, loss_fn = jax.tree.map(jnp.asarray, kept), checked_loss(how.loss_fn, rest)
+    require_dependence_on(loss_fn, kept, rows)
+    loss, grads = jax.value_and_grad(loss_fn)(kept, rows)
     grads = trees.accumulate(grads)
     norms, k = trees.sq_norms(grads), ids.shape[0]
     loss = loss.astype(trees.accumulator_dtype(loss.dtype))
     moments = GradMoments(jnp.int32(k), k * loss, jax.tree.map(lambda g: k * g, grads), norms)
     bad = jnp.broadcast_to(~jnp.isfinite(trees.total(norms) + loss), ids.shape)
     return Sums(moments, _no_spread(loss), None), bad, jnp.full(ids.shape, jnp.nan, loss.dtype)
-
-
-def _mean_loss(loss_fn: Any, params: PyTree, rows: PyTree) -> jax.Array:
-    out = jax.tree.map(jnp.asarray, loss_fn(params, rows))
-    _validate.scalar_loss(out)
-    return out
 
 
 def add_batch(total: Sums, found: Sums, k: int) -> Sums:
@@ -189,6 +210,7 @@ def _batch(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
     def stderr(found: Coherence) -> jax.Array:
         # V is N − 1 squared distances; each scatters as the half squared distances of pairs do.
         error = jnp.sqrt(sums.spread.variance() / (number - 1)) * (number - 1) / number
+        error = _where_squares_fit(sums.spread.total / sums.spread.number, error)
         return found.alpha**2 * error / (c * found.mean_grad_norm**2)
 
     return sums.moments._replace(sum_sq_norms=sum_sq_norms), stderr
@@ -199,13 +221,13 @@ _FINISH = {"exact": _exact, "signs": _signs, "batch": _batch}
 
 
 def deviations(how: Estimator, inputs: PyTree, batch: PyTree) -> tuple[jax.Array, None]:
-    """(Σ (2 aᵢ − α qᵢ − ‖ḡ‖²)² over a batch, nothing of its rows): aᵢ = gᵢ · ḡ, qᵢ = ‖gᵢ‖².
+    """(Σ ((2 aᵢ − α qᵢ − ‖ḡ‖²)/q̄)² over a batch, nothing of its rows): aᵢ = gᵢ · ḡ, qᵢ = ‖gᵢ‖², q̄ their mean.
 
-    The infinitesimal jackknife: α moves by (2 aᵢ − α qᵢ − ‖ḡ‖²)/Q when example i weighs a little more.
+    The infinitesimal jackknife: a number of these, over m, is what α moves by when example i weighs a little more.
     """
-    (params, mean_grad, alpha), (rows, ids, sq_norms) = inputs, batch
+    (params, mean_grad, alpha, mean_sq_norm), (rows, ids, sq_norms) = inputs, batch
     mask = (ids >= 0) & ~jnp.isnan(sq_norms)
     aligned = alignments(how.loss_fn)(params, fill_masked(rows, mask), mean_grad).astype(sq_norms.dtype)
     square = trees.total(trees.sq_norms(mean_grad))
-    moved = jnp.where(mask, 2 * aligned - alpha * sq_norms - square, 0)
+    moved = jnp.where(mask, (2 * aligned - alpha * sq_norms - square) / mean_sq_norm, 0)
     return jnp.sum(moved**2), None

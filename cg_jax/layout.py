@@ -42,7 +42,7 @@ class Layout:
             ValueError: data_axis is no axis of the mesh, or is None where the mesh has several and none called "data".
         """
         axis = _data_axis(mesh, data_axis)
-        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        mesh = _all_auto(mesh)
         leaves = jax.tree.leaves(params)
         specs = [_spec_on(mesh, leaf) for leaf in leaves]
         kept = [spec for spec, leaf in zip(specs, leaves, strict=True) if trees.is_differentiable(leaf)]
@@ -70,6 +70,14 @@ class Layout:
     def local_shards(self) -> int:
         """How many devices along the data axis this process feeds."""
         return sum(jax.process_index() in processes for processes in self._processes())
+
+    def require_places_of_one_process(self) -> None:
+        """ValueError where processes share a place of the data axis: each would have to give the same rows."""
+        if any(len(processes) > 1 for processes in self._processes()):
+            raise ValueError(
+                f"Expected a mesh whose places along {self.axis!r} belong to one process each, so that each gives its "
+                "own part of the data; lay the other axes inside a process, or give the data as global jax.Arrays."
+            )
 
     def process_of(self, row: int, batch_size: int) -> int:
         """The process that feeds a row of a batch."""
@@ -215,6 +223,22 @@ class Layout:
     def _everywhere(self, f: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec) -> Callable[..., Any]:
         """f on every device of the mesh. Over the data axis alone, the compiler would gather over the others too."""
         return jax.shard_map(f, mesh=self.mesh, in_specs=(in_spec,), out_specs=out_spec, check_vma=False)
+
+
+def as_auto(tree: PyTree) -> PyTree:
+    """Arrays that lie as they do, on meshes whose axes are Auto; nothing is copied."""
+
+    def relabel(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(_all_auto(sharding.mesh), sharding.spec))
+
+    return jax.tree.map(relabel, tree)
+
+
+def _all_auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -5,101 +5,23 @@ import dataclasses
 import functools
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from cg_jax import _validate, trees
-from cg_jax.batches import Batch, Batches, batches_of, is_arrays
-from cg_jax.estimators import ESTIMATORS, Estimator, OfRows, Sums, add_batch, deviations
-from cg_jax.layout import Layout, Specs
+from cg_jax import _validate
+from cg_jax.batches import batches_of, is_arrays
+from cg_jax.estimators import ESTIMATORS, Estimator, Inputs
+from cg_jax.layout import Layout
 from cg_jax.metrics import Coherence
 from cg_jax.per_example import LossFn
 from cg_jax.statistics import METHODS
+from cg_jax.stream import Run
 
 PyTree = Any
 
 NONFINITE = ("raise", "skip", "propagate")
-_ON_EVERY_DEVICE = PartitionSpec()
-
-
-def _specs(layout: Layout, sums: Sums) -> Specs:
-    """Where each leaf of the sums lies."""
-    like = jax.tree.unflatten(jax.tree.structure(sums.moments.sum_grads), layout.kept)
-    scalars = jax.tree.map(lambda _: False, sums)
-    moments = scalars.moments._replace(sum_grads=like)
-    marked = scalars._replace(moments=moments, previous=None if sums.previous is None else like)
-    leaves = jax.tree.leaves(marked, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-    return [None if leaf is False else leaf for leaf in leaves]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step(
-    how: Estimator, layout: Layout | None, params: PyTree, sums: Sums, batch: tuple[PyTree, jax.Array]
-) -> tuple[Sums, OfRows]:
-    """(sums with those of (rows, ids) added, what the batch says of its rows)."""
-    if layout is not None and how.by_example:
-        specs = _specs(layout, sums)
-        sums, of_rows = layout.per_shard(how.of_batch, params, layout.specs, sums, specs, batch)
-    else:
-        found, of_rows = how.of_batch(params, batch)
-        sums = trees.add(sums, found) if how.by_example else add_batch(sums, found, how.batch_size)
-    if layout is not None:
-        if not how.by_example:
-            sums = layout.constrain_all(sums, _specs(layout, sums))
-        of_rows = of_rows._replace(bad=layout.constrain(of_rows.bad, _ON_EVERY_DEVICE))
-    return sums, of_rows
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish(how: Estimator, layout: Layout | None, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
-    """(the coherence, the sums over all devices)."""
-    if layout is not None and how.by_example:
-        sums = layout.total(sums, _specs(layout, sums))
-    return how.finish(sums, skipped), sums
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _deviation_step(
-    how: Estimator, layout: Layout | None, inputs: PyTree, total: jax.Array, batch: PyTree
-) -> jax.Array:
-    """The total with the squared deviations of a batch added; one row for each device."""
-    if layout is None:
-        return total + deviations(how, inputs, batch)[0]
-    specs = [*layout.specs, *layout.kept, _ON_EVERY_DEVICE]
-    return layout.per_shard(functools.partial(deviations, how), inputs, specs, total, [None], batch)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _zeros(how: Estimator, layout: Layout | None, params: PyTree, rows: PyTree) -> Sums:
-    """The sums of no examples."""
-    shapes = how.shapes(params, rows)
-    if layout is None:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return layout.zeros(shapes, _specs(layout, shapes), by_shard=how.by_example)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _zero(layout: Layout | None, dtype: Any) -> jax.Array:
-    """No deviation yet, of every device."""
-    if layout is None:
-        return jnp.zeros((), dtype)
-    return layout.zeros(jax.ShapeDtypeStruct((), dtype), [None], by_shard=True)
-
-
-def _raise_nonfinite(bad: np.ndarray, batch: Batch, layout: Layout | None) -> None:
-    row = int(np.argmax(bad >= 0))
-    number, where = int((bad >= 0).sum()), str(bad[row])
-    if layout is not None and len(batch.sizes) > 1:
-        where += f" of process {layout.process_of(row, bad.size)}'s data"
-    raise FloatingPointError(
-        f"Expected finite losses and gradients, got {number} of {sum(batch.sizes)} examples in one batch "
-        f"that are not, the first at index {where}. nonfinite='skip' leaves such examples out and counts them; "
-        "nonfinite='propagate' lets them through."
-    )
 
 
 @contextlib.contextmanager
@@ -129,65 +51,6 @@ def _check_confidence(confidence: bool, estimator: str, data: Any) -> None:
             "Expected data to be arrays or a list of batches with confidence=True, which reads it twice, got "
             f"{type(data).__name__}."
         )
-
-
-class _Run(NamedTuple):
-    """One measurement."""
-
-    how: Estimator
-    layout: Layout | None
-    params: PyTree
-    nonfinite: str
-    confidence: bool
-
-    def add_all(self, batches: Batches, bar: Any) -> tuple[Sums, int, list[tuple[Any, Any]]]:
-        """(the sums of all batches, examples left out, (ids, squared norms) of each batch)."""
-        sums, skipped, by_batch = None, 0, []
-        # Flags are read one batch late, so that the devices compute while the host makes the next batch.
-        pending: list[tuple[Batch, OfRows]] = []
-        for batch in batches.batches:
-            if not self.how.by_example and not batches.is_whole(batch):
-                skipped += sum(batch.sizes)
-                continue
-            if sums is None:
-                sums = _zeros(self.how, self.layout, self.params, batch.rows)
-            sums, of_rows = _step(self.how, self.layout, self.params, sums, (batch.rows, batch.ids))
-            pending = [*pending, (batch, of_rows)] if self.how.guard else []
-            if len(pending) > 1:
-                sums, more = self.settle(sums, *pending.pop(0))
-                skipped += more
-            if self.confidence:
-                by_batch.append((batch.ids, of_rows.sq_norms))
-            bar.update()
-        for batch, of_rows in pending:
-            sums, more = self.settle(sums, batch, of_rows)
-            skipped += more
-        if sums is None:
-            raise ValueError(
-                f"Expected at least one whole batch of batch_size={self.how.batch_size}, got {skipped} examples."
-            )
-        return sums, skipped, by_batch
-
-    def settle(self, sums: Any, batch: Batch, of_rows: OfRows) -> tuple[Sums, int]:
-        """(sums, examples skipped), once a batch that was left out for its flags is dealt with."""
-        skipped, bad = 0, np.asarray(of_rows.bad)
-        while (bad >= 0).any():
-            if self.nonfinite == "raise":
-                _raise_nonfinite(bad, batch, self.layout)
-            skipped += int((bad >= 0).sum())
-            if self.how.name != "exact":  # only whole batches are told apart
-                break
-            sums, of_rows = _step(self.how, self.layout, self.params, sums, (batch.rows, of_rows.again))
-            bad = np.asarray(of_rows.bad)
-        return sums, skipped
-
-    def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:
-        """The infinitesimal jackknife's standard error of α, by one more pass."""
-        mean_grad = jax.tree.map(lambda s: s / sums.moments.count, sums.moments.sum_grads)
-        inputs, total = (self.params, mean_grad, found.alpha), _zero(self.layout, found.alpha.dtype)
-        for batch, (ids, sq_norms) in zip(batches.batches, by_batch, strict=True):
-            total = _deviation_step(self.how, self.layout, inputs, total, (batch.rows, ids, sq_norms))
-        return jnp.sqrt(total.sum()) / trees.total(sums.moments.sum_sq_norms)
 
 
 def measure_coherence(
@@ -229,20 +92,24 @@ def measure_coherence(
         data_axis: The axis of the mesh that examples are divided over; without it its only axis, or "data".
         method: "ghost", or "vmap" for the plain reference; of estimator "exact".
         estimator: "exact"; or one that needs no per-example gradients, for losses that the engine is not for:
-            "signs", Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1 and one term for each batch on each device: two
-            ordinary backward passes.
+            "signs", Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1, one term for each batch on each device, the mean of
+            two draws: three ordinary backward passes. Its sums over a batch are in the dtype of the model: for float16
+            take "exact".
             "batch", from mean gradients of disjoint batches of k = batch_size, for losses that see the whole batch
             (BatchNorm in training): α = c α_W / (1 − α_W (1 − c)), c = (m − k)/(k (m − 1)), with α_W that of the mean
-            gradients. Batches that are not whole are left out and counted in num_skipped; m is what was used. Every
-            batch ends in an all-reduce. One batch alone: α is NaN.
+            gradients. Batches must be random: shuffle data that comes in order of class. Those that are not whole are
+            left out and counted in num_skipped; m is what was used. Every batch ends in an all-reduce. One batch alone:
+            α is NaN.
         confidence: Estimator "exact": give alpha_stderr, the infinitesimal jackknife's standard error of α over new
             samples of m examples, by one more pass over the data (arrays or a list). Near the orthogonal limit, below
-            α of about 10/m, it is too large (up to twice). Estimators "signs" and "batch" always give alpha_stderr: of
-            the estimate, around the exact α of the same examples (NaN below 2 and 4 batches).
+            α of about 10/m, it is too large (up to twice). Estimators "signs" and "batch" always give alpha_stderr, of
+            the estimate around the exact α of the same examples: of "signs" by the draws of signs; of "batch" by how
+            far pairs of batches are apart (NaN below 4), too large where norms differ much between examples. NaN too
+            where squares of squared norms leave the range of the dtype.
         nonfinite: What a loss or gradient that is not finite does. "raise": FloatingPointError with how many and the
             first index. "skip": the example is left out and counted in num_skipped ("signs", "batch": its whole
             batch). "propagate": the result is NaN.
-        seed: Of the random signs.
+        seed: Of the random signs, ≥ 0.
         progress: Draw a bar (needs tqdm).
 
     Returns:
@@ -274,6 +141,7 @@ def measure_coherence(
     _validate.parameters(params)
     _validate.one_of("method", method, METHODS)
     _validate.one_of("estimator", estimator, ESTIMATORS)
+    seed = _validate.at_least("seed", seed, 0)
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
     _check_confidence(confidence, estimator, data)
     layout = None if mesh is None else Layout.of(mesh, data_axis, params)
@@ -281,12 +149,13 @@ def measure_coherence(
         params = layout.place(params)
         if estimator == "batch":
             _validate.divides("the data axis", layout.num_shards, "batch_size", batch_size)
-    how = Estimator(estimator, loss_fn, method, batch_size, nonfinite != "propagate", seed)
+    axis = layout.axis if layout is not None and estimator != "batch" else None
+    how = Estimator(estimator, loss_fn, method, batch_size, nonfinite != "propagate", axis)
     read = functools.partial(batches_of, data, batch_size, layout, whole=not how.by_example)
-    run, batches = _Run(how, layout, params, nonfinite, confidence), read()
-    with layout.active() if layout else contextlib.nullcontext(), _bar(progress, batches.number) as bar:
+    run, batches = Run(how, layout, Inputs(params, jnp.asarray(seed, jnp.uint32)), nonfinite, confidence), read()
+    with _bar(progress, batches.number) as bar:
         sums, skipped, by_batch = run.add_all(batches, bar)
-        found, sums = _finish(how, layout, sums, skipped)
+        found, sums = run.finish(sums, skipped)
         if confidence:
             found = dataclasses.replace(found, alpha_stderr=run.stderr(read(), found, sums, by_batch))
     return found

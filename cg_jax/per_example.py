@@ -35,8 +35,13 @@ def example_of(batch: PyTree) -> PyTree:
 def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree) -> None:
     """ValueError unless loss_fn reads a differentiable leaf of params on the way to its result."""
     kept, rest = trees.partition(params)
+    require_dependence_on(checked_loss(loss_fn, rest), kept, example_of(batch))
+
+
+def require_dependence_on(loss: LossFn, kept: PyTree, data: PyTree) -> None:
+    """The same of a loss of differentiable leaves and whatever it takes beside them."""
     _validate.something_to_differentiate(kept)
-    jaxpr = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example_of(batch)).jaxpr
+    jaxpr = jax.make_jaxpr(loss)(kept, data).jaxpr
     reached = set(jaxpr.invars[: len(jax.tree.leaves(kept))])
     for eqn in jaxpr.eqns:
         if any(not _compat.is_literal(atom) and atom in reached for atom in eqn.invars):
@@ -45,9 +50,22 @@ def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree) -> None:
     _validate.dependence(not _compat.is_literal(out) and out in reached)
 
 
+def each_devices_own(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
+    """Params that vary over the axes of an enclosing shard_map that the batch, or the loss, varies over.
+
+    Gradients with respect to what is the same on all devices are summed over them. An axis over which the loss is the
+    same, as after a psum over the parts of a layer, is left alone.
+    """
+    axes = _compat.varying_axes(batch)
+    if _compat.varying_axes(params) - axes:
+        kept, rest = trees.partition(params)
+        axes |= _compat.varying_axes(jax.eval_shape(checked_loss(loss_fn, rest), kept, example_of(batch)))
+    return _compat.vary(params, axes)
+
+
 def losses_and_grads(loss_fn: LossFn, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
     """(losses [B], gradients like params of [B, *param]), by vmap(value_and_grad)."""
-    params = _compat.vary(params, _compat.varying_axes(batch))
+    params = each_devices_own(loss_fn, params, batch)
     kept, rest = trees.partition(params)
     require_dependence(loss_fn, params, batch)
     return jax.vmap(jax.value_and_grad(checked_loss(loss_fn, rest)), in_axes=(None, 0))(kept, batch)
@@ -94,9 +112,9 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
 @functools.partial(jax.jit, static_argnums=0)
 def _alignments(loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
     require_dependence(loss_fn, params, batch)
-    axes = _compat.varying_axes(batch)
-    kept, rest = trees.partition(_compat.vary(params, axes))
-    along, _ = trees.partition(_compat.vary(direction, axes))
+    params = each_devices_own(loss_fn, params, batch)
+    kept, rest = trees.partition(params)
+    along, _ = trees.partition(_compat.vary_like(direction, params))
     loss = checked_loss(loss_fn, rest)
     along = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), along, kept)
     losses = lambda p: jax.vmap(loss, in_axes=(None, 0))(p, batch)  # noqa: E731

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _compat, _validate, ghost, trees
+from cg_jax import _validate, ghost, trees
 from cg_jax.moments import GradMoments
-from cg_jax.per_example import LossFn, losses_and_grads
+from cg_jax.per_example import LossFn, each_devices_own, losses_and_grads
 
 PyTree = Any
 
@@ -59,7 +59,7 @@ def batch_statistics(
     weights = None
     if mask is not None:
         batch, weights = fill_masked(batch, mask), mask.astype(jnp.float32)
-    params = _compat.vary(params, _compat.varying_axes(batch, weights))
+    params = each_devices_own(loss_fn, params, batch)
     if method == "ghost":
         losses, sq_norms, sum_grads = ghost.statistics(loss_fn, params, batch, weights, max_bytes)
     else:

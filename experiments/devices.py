@@ -42,8 +42,9 @@ def start(cluster: Cluster) -> None:
 def _told_by_environment() -> bool:
     """Whether a launcher that `jax.distributed.initialize` knows has started several processes."""
     number = max(int(os.environ.get(name) or 1) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-    return number > 1 or hosts > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+    hosts = max(os.environ.get(name, "").count(",") + 1 for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+    kubernetes = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    return number > 1 or hosts > 1 or kubernetes or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
 def exit_with(main: Callable[[], int]) -> None:

@@ -107,6 +107,23 @@ def test_two_axes_together_are_one():
     _equal(got, jax.jit(cg.stacked(cg.median()).update)(grads, None)[0])
 
 
+def test_leaves_that_vary_over_other_axes_too_and_kinds_without_numbers():
+    transform = cg.across_devices(cg.median(), ["data"])
+    grads = {"w": np.arange(8.0, dtype=np.float32).reshape(4, 2), "b": np.arange(4.0, dtype=np.float32)}
+    grads |= {"none": jnp.zeros((4, 0), jnp.bfloat16), "left out": None}
+
+    def local(grads):
+        mine = {"w": grads["w"][0], "b": grads["b"][0], "none": grads["none"][0], "left out": None}
+        return transform.update(mine, transform.init(None))[0]
+
+    given = {"w": P("data", "inner"), "b": P("data"), "none": P("data"), "left out": None}
+    out = {"w": P("inner"), "b": P(), "none": P(), "left out": None}
+    got = jax.jit(jax.shard_map(local, mesh=_mesh(4, 2), in_specs=(given,), out_specs=out))(grads)
+    np.testing.assert_array_equal(got["w"], np.median(grads["w"], 0))
+    np.testing.assert_array_equal(got["b"], np.median(grads["b"], 0))
+    assert got["none"].shape == (0,)
+
+
 SIZE = 100_003
 
 

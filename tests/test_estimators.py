@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 import cg_jax as cg
+from cg_jax import stream
 
 
 def loss_fn(w, x):
@@ -163,7 +164,8 @@ def test_too_few_batches_are_nan_and_no_batch_is_an_error():
     two = cg.measure_coherence(batch_loss, W, _draw(0, 16), batch_size=8, estimator="batch")
     assert np.isfinite(two.alpha)
     assert np.isnan(two.alpha_stderr)
-    assert np.isnan(cg.measure_coherence(loss_fn, W, _draw(0, 8), batch_size=8, estimator="signs").alpha_stderr)
+    assert cg.measure_coherence(loss_fn, W, _draw(0, 8), batch_size=8, estimator="signs").alpha_stderr > 0
+    assert np.isnan(cg.measure_coherence(loss_fn, W, _draw(0, 1), batch_size=8, confidence=True).alpha_stderr)
     with pytest.raises(ValueError, match=r"Expected at least one whole batch of batch_size=8, got 7 examples"):
         cg.measure_coherence(batch_loss, W, _draw(0, 7), batch_size=8, estimator="batch")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -186,8 +188,66 @@ def test_a_batch_that_is_not_finite_is_left_out_whole(name, loss, n):
     lost = 1 if name == "signs" and n else 8  # each device has a batch of its own
     assert (int(got.num_skipped), int(got.count)) == (lost, 64 - lost)
     assert np.isfinite(got.alpha)
-    with pytest.raises(FloatingPointError, match=r"index (8|10)\."):
+    with pytest.raises(FloatingPointError, match=r"from index (8|10) on"):
         cg.measure_coherence(loss, W + 1, spoilt, batch_size=8, estimator=name, mesh=mesh)
+
+
+@pytest.mark.parametrize("n", [None, 8])
+def test_a_batch_of_signs_is_skipped_and_counted_whole_and_padding_is_not(n):
+    mesh = None if n is None else jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,))
+    x = _draw(0, 20)
+    x[-1] = np.nan
+    got = cg.measure_coherence(loss_fn, W, x, batch_size=16, estimator="signs", nonfinite="skip", mesh=mesh)
+    assert np.isfinite(got.alpha)
+    assert int(got.count) + int(got.num_skipped) == 20
+    assert int(got.num_skipped) == (4 if n is None else 2)
+
+    def infinite(w, x):  # its gradient is finite
+        return w @ x + jnp.where(x[1] > 2, jnp.inf, 0)
+
+    x = _draw(0, 20)
+    x[:, 1] = np.where(np.arange(20) == 3, 3, 0)
+    got = cg.measure_coherence(infinite, W, x, batch_size=10, estimator="signs", nonfinite="skip", mesh=mesh)
+    assert int(got.count) + int(got.num_skipped) == 20
+    assert int(got.num_skipped) == (10 if n is None else 2)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-7, 1e7])
+def test_the_errors_do_not_depend_on_the_size_of_the_gradients_or_are_nan(scale):
+    x = _draw(0, 64)
+    for loss, more in (
+        (loss_fn, {"confidence": True}),
+        (loss_fn, {"estimator": "signs"}),
+        (batch_loss, {"estimator": "batch"}),
+    ):
+        want, got = (cg.measure_coherence(loss, W, data, batch_size=8, **more) for data in (x, np.float32(scale) * x))
+        np.testing.assert_allclose(got.alpha, want.alpha, rtol=1e-4)
+        if scale == 1e-10 and "estimator" in more:
+            assert np.isnan(got.alpha_stderr)
+        else:
+            np.testing.assert_allclose(got.alpha_stderr, want.alpha_stderr, rtol=1e-3)
+
+
+def test_the_error_of_signs_is_theirs_alone_where_norms_differ():
+    rng = np.random.default_rng(0)
+    x = _draw(0, 256, signal=1.0) * np.exp(1.5 * rng.normal(size=(256, 1))).astype(np.float32)
+
+    def measure(seed):
+        return cg.measure_coherence(loss_fn, W, x, batch_size=16, estimator="signs", seed=seed)
+
+    _check_error(_alphas(measure), oracle.ratios(x.astype(np.float64))["alpha"])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    alone = cg.measure_coherence(loss_fn, W, x, batch_size=8, estimator="signs", mesh=mesh)
+    exact = cg.measure_coherence(loss_fn, W, x, batch_size=8)
+    np.testing.assert_allclose(alone.alpha, exact.alpha, rtol=1e-4)  # one example for each device: Q itself
+    assert alone.alpha_stderr < 1e-5
+
+
+def test_a_seed_is_no_other_program():
+    before = stream._step._cache_size()
+    for seed in range(3):
+        cg.measure_coherence(loss_fn, W, _draw(0, 24, dim=41)[:, :40], batch_size=12, estimator="signs", seed=seed)
+    assert stream._step._cache_size() - before == 1
 
 
 def test_batch_normalisation_in_training_mode_is_of_the_whole_batch_on_any_mesh():

@@ -113,6 +113,24 @@ def test_all_three_options_or_none(capsys):
         configs.check(configs.NoiseConfig(coordinator="a:1", num_processes=2, process_id=2))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "4", True),
+        ("SLURM_STEP_NUM_TASKS", "1", False),
+        ("TPU_WORKER_HOSTNAMES", "a,b", True),
+        ("TPU_PROCESS_ADDRESSES", "a:1,b:1", True),
+        ("JOB_COMPLETION_INDEX", "0", True),
+        ("UNRELATED", "1", False),
+    ],
+)
+def test_launchers_are_known_by_their_environment(name, value, told, monkeypatch):
+    if name == "JOB_COMPLETION_INDEX":
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv(name, value)
+    assert devices._told_by_environment() is told
+
+
 def test_rows_that_do_not_divide_are_everywhere():
     on = devices.devices()
     assert on.mesh is not None

@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 import cg_jax as cg
-from cg_jax import measure
+from cg_jax import measure, stream
 
 M = 5_000
 
@@ -40,7 +40,7 @@ def _same(a, b, rtol=1e-5):
 
 
 def _compiled():
-    return measure._step._cache_size()
+    return stream._step._cache_size()
 
 
 def test_batches_that_do_not_divide_equal_one_batch_and_compile_once(data):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
 from benchmarks import programs
-from cg_jax import measure
+from cg_jax import stream
 
 
 def loss_fn(p, example):
@@ -80,9 +80,9 @@ def _programs(mesh, params, m=64):
 def test_one_program_is_compiled_for_all_batches_however_the_parameters_lie():
     mesh = _mesh(2, 4)
     for specs in (dict.fromkeys(_params(), P()), TENSOR_PARALLEL, FULLY_SHARDED):
-        before = measure._step._cache_size()
+        before = stream._step._cache_size()
         cg.measure_coherence(loss_fn, _placed(_params(), mesh, specs), _data(101), batch_size=12, mesh=mesh)
-        assert measure._step._cache_size() - before == 1
+        assert stream._step._cache_size() - before == 1
 
 
 FLAGS = 16 * 4  # one int32 for each example of a batch says whether it is finite; all devices are told
@@ -181,6 +181,37 @@ def test_the_users_current_mesh_does_not_matter_and_may_be_explicit():
         with jax.set_mesh(mesh):
             _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh), want)
             assert jax.sharding.get_mesh() == mesh
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_data_may_lie_anywhere_and_be_made_by_code_that_computes(kind):
+    mesh, data = _mesh(8, kind=kind), _data(40)
+    want = cg.measure_coherence(loss_fn, _params(), data, batch_size=16)
+    there = jax.device_put(data, NamedSharding(mesh, P("data")))
+
+    def batches():
+        for start in (0, 16, 32):
+            rows = jax.tree.map(lambda leaf, s=start: leaf[s : s + 16], data)
+            yield jax.tree.map(lambda leaf: leaf + 0, jax.device_put(rows, NamedSharding(mesh, P("data"))))
+
+    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
+    for given in (
+        there,
+        jax.device_put(data, jax.devices()[3]),
+        jax.device_put(data, NamedSharding(other, P("b"))),
+        batches(),
+        list(batches()),
+    ):
+        _same(cg.measure_coherence(loss_fn, _params(), given, batch_size=16, mesh=mesh), want)
+    whole = [
+        cg.measure_coherence(_mean_loss, _params(), d, batch_size=8, mesh=mesh, estimator="batch")
+        for d in (data, there)
+    ]
+    _same(*whole)
+
+
+def _mean_loss(params, batch):
+    return jax.vmap(loss_fn, (None, 0))(params, batch).mean()
 
 
 def _spoilt(m, rows):

@@ -119,6 +119,63 @@ def test_masked_rows_are_left_out_on_each_device(how, method):
         _close(got, f(params, _part((batch, keep), i)))
 
 
+def _varying_by_a_parameter():
+    """A loss that differs between devices by another leaf of params only, with the batch the same on all."""
+
+    def loss(p, x):
+        return jnp.sin(x * p["shared"]).sum() * p["own"] + p["id"] * (p["shared"] ** 2).sum()
+
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    return loss, {"shared": jnp.arange(5.0), "own": jnp.array([1.0, -2.0]), "id": jnp.array([3, 7])}, x
+
+
+@pytest.mark.parametrize("method", ["ghost", "vmap"])
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_parameter_of_each_device_makes_the_gradients_of_shared_ones_its_own(checked, method):
+    loss, params, x = _varying_by_a_parameter()
+    functions = [
+        cg.grad_moments(loss, method=method),
+        cg.per_example_sq_norms(loss, method=method),
+        cg.per_example_grads(loss),
+        cg.micro_batch_grads(loss, 3),
+    ]
+
+    def one(p, x):
+        mine = p | {"own": p["own"][0], "id": p["id"][0]}
+        return jax.tree.map(lambda leaf: leaf[None], [f(mine, x) for f in functions])
+
+    specs = ({"shared": P(), "own": P("data"), "id": P("data")}, P())
+    mapped = jax.shard_map(one, mesh=_mesh(), in_specs=specs, out_specs=P("data"), check_vma=checked)
+    got = jax.jit(mapped)(params, x)
+    for i in range(N):
+        mine = params | {"own": params["own"][i], "id": params["id"][i]}
+        _close(jax.tree.map(lambda leaf, i=i: leaf[i], got), [f(mine, x) for f in functions])
+
+
+def test_a_layer_divided_over_devices_whose_parts_are_summed_is_left_to_jax():
+    def loss(p, x):
+        return (jax.lax.psum(jnp.tanh(x @ p["a"]) @ p["b"], "data") + p["c"]).sum() ** 2
+
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in {"a": (3, 4), "b": (4, 2), "c": 2}.items()
+    }
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    specs = {"a": P(None, "data"), "b": P("data"), "c": P()}
+    f = cg.grad_moments(loss)
+    out = cg.GradMoments(P(), P(), specs, {"a": P("data"), "b": P("data"), "c": P()})
+
+    def one(p, x):
+        found = f(p, x)
+        return found._replace(sum_sq_norms=found.sum_sq_norms | {n: found.sum_sq_norms[n][None] for n in ("a", "b")})
+
+    got = jax.jit(jax.shard_map(one, mesh=_mesh(), in_specs=(specs, P()), out_specs=out))(params, x)
+    whole = lambda p, x: ((jnp.tanh(x @ p["a"]) @ p["b"] + p["c"]).sum()) ** 2  # noqa: E731
+    want = cg.grad_moments(whole)(params, x)
+    _close(got.sum_grads, want.sum_grads)
+    _close({n: q.sum() for n, q in got.sum_sq_norms.items()}, want.sum_sq_norms)
+
+
 def test_a_measurement_of_all_devices_is_one_psum_of_the_moments():
     case = cases.CASES["mlp"]
     params, batch = case.cast(jnp.float32)
