@@ -114,7 +114,8 @@ def _alignments(loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTre
     require_dependence(loss_fn, params, batch)
     params = each_devices_own(loss_fn, params, batch)
     kept, rest = trees.partition(params)
-    along, _ = trees.partition(_compat.vary_like(direction, params))
+    along, _ = trees.partition(direction)
+    along = _compat.vary_like(along, kept)
     loss = checked_loss(loss_fn, rest)
     along = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), along, kept)
     losses = lambda p: jax.vmap(loss, in_axes=(None, 0))(p, batch)  # noqa: E731
