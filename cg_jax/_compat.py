@@ -29,6 +29,11 @@ class Body(NamedTuple):
     num_carry: int
     length: int | None  # None: a checkpoint, which runs once and has constants only
 
+    def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """(constants, what begins the carry, slices) of the operands."""
+        end = self.num_consts + self.num_carry
+        return list(operands[: self.num_consts]), list(operands[self.num_consts : end]), list(operands[end:])
+
 
 def is_literal(atom: Any) -> bool:
     """Whether an operand of an equation is a constant written into it."""
@@ -91,8 +96,7 @@ def scan_of_checkpoints(eqn: Any, checkpoint: Any, operands: Sequence[Any]) -> l
     """A scan, every step of it rematerialised in the way that `checkpoint` was; its outputs as a list."""
     call = body_of(eqn)
     assert call is not None
-    split = call.num_consts, call.num_consts + call.num_carry
-    consts, init, slices = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
+    consts, init, slices = call.split(operands)
     run = core.jaxpr_as_fun(core.ClosedJaxpr(call.jaxpr, call.consts))
 
     def step(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -100,7 +104,7 @@ def scan_of_checkpoints(eqn: Any, checkpoint: Any, operands: Sequence[Any]) -> l
         return list(outs[: call.num_carry]), list(outs[call.num_carry :])
 
     again = {name: eqn.params[name] for name in ("reverse", "unroll")}
-    carry, stacked = jax.lax.scan(step, list(init), list(slices), call.length, **again)
+    carry, stacked = jax.lax.scan(step, init, slices, call.length, **again)
     return [*carry, *stacked]
 
 
@@ -131,8 +135,13 @@ def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
+def _inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+
+    def is_jaxpr(value: Any) -> bool:
+        return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
+
+    return [leaf for leaf in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr) if is_jaxpr(leaf)]
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
@@ -144,14 +153,13 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
 def _primitives_of(eqn: Any) -> Iterator[str]:
     """The name of an equation's primitive, and those of its inner jaxprs."""
     yield eqn.primitive.name
-    for inner in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
-        if _is_jaxpr(inner):
-            yield from _primitives(inner)
+    for inner in _inner_jaxprs(eqn):
+        yield from _primitives(inner)
 
 
 def operations(eqn: Any) -> int:
     """About how many multiplications and additions an equation takes: products are counted, all else by its results."""
-    inner = [leaf for leaf in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
+    inner = _inner_jaxprs(eqn)
     if inner:
         repeats = eqn.params.get("length") or 1 if eqn.primitive.name == "scan" else 1
         return repeats * sum(operations(each) for jaxpr in inner for each in _closed(jaxpr)[0].eqns)

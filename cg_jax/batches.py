@@ -106,8 +106,8 @@ def _pad(rows: PyTree, start: int, size: int, share: int, sizes: tuple[int, ...]
 def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> Iterator[Batch]:
     """The batches of arrays with leading axis `size`; as many as the process with the most examples has."""
     for start in range(0, int(sizes.max()), share):
-        lo, hi = min(start, size - 1), max(min(start + share, size), 1)
-        rows = jax.tree.map(lambda leaf, lo=lo, hi=hi: leaf[min(lo, hi - 1) : hi], data)
+        lo, hi = min(start, size - 1), min(start + share, size)
+        rows = jax.tree.map(lambda leaf, lo=lo, hi=hi: leaf[lo:hi], data)
         now = tuple(int(n) for n in np.clip(sizes - start, 0, share))
         yield _pad(rows, start, max(size - start, 0), share, now)
 

@@ -101,8 +101,7 @@ def _run_nested(nested: Nested, operands: list[Any], taps: dict[int, Any]) -> tu
 
     if call.length is None:
         return _compat.checkpoint_like(nested.eqn, once)(operands, taps)
-    consts, rest = operands[: call.num_consts], operands[call.num_consts :]
-    init, slices = rest[: call.num_carry], rest[call.num_carry :]
+    consts, init, slices = call.split(operands)
 
     def step(carry: list[Any], row: tuple[list[Any], dict[int, Any]]) -> tuple[list[Any], Any]:
         outs, seen = once([*consts, *carry, *row[0]], row[1])

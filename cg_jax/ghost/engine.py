@@ -13,13 +13,11 @@ from cg_jax import _compat, _validate, trees
 from cg_jax.ghost import capture, instances, plan, scalars, views
 from cg_jax.ghost.backward import Traces, backward
 from cg_jax.ghost.capture import Program, Site, Use, evaluate, read_all
-from cg_jax.ghost.plan import RulePlan
+from cg_jax.ghost.plan import RulePlan, Yield
 from cg_jax.ghost.product import Product
 from cg_jax.per_example import LossFn, checked_loss, example_of
 
 PyTree = Any
-# For one tensor: squared norms [B], and the sum over the batch.
-Yield = tuple[jax.Array, jax.Array]
 
 
 def statistics(

@@ -2,7 +2,7 @@
 with several uses, whose gradients add up before they are squared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +22,7 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
     parameters = [program.parameters[i] for i in group.parameters]
     views = list({var: None for use, positions in group.uses for p in positions for var in use.variables(p)})
 
-    transformed = leading_to(views, program.static)
-
-    def view_values(values: list[jax.Array]) -> list[jax.Array]:
-        local = env | dict(zip(parameters, values, strict=True))
-        evaluate(transformed, local)
-        return [local[view] for view in views]
-
-    _, to_parameters = jax.vjp(view_values, [env[parameter] for parameter in parameters])
+    _, to_parameters = jax.vjp(view_values(program, env, parameters, views), [env[variable] for variable in parameters])
 
     def gradient(traces: list[Trace]) -> list[jax.Array]:
         total = {view: _compat.zeros(view.aval) for view in views}
@@ -39,6 +32,20 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
         return trees.accumulate(to_parameters([total[view] for view in views])[0])
 
     return gradient
+
+
+def view_values(
+    program: Program, env: dict[Any, Any], parameters: Sequence[Any], views: Sequence[Any]
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """The function of the values of some parameters → those of their views; the others are as in `env`."""
+    transformed = leading_to(views, program.static)
+
+    def values_of(values: list[jax.Array]) -> list[jax.Array]:
+        local = env | dict(zip(parameters, values, strict=True))
+        evaluate(transformed, local)
+        return [local[view] for view in views]
+
+    return values_of
 
 
 def by_whole_loss(
@@ -71,7 +78,14 @@ def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Tra
     seen, cotangents = trace
     if use.nested is not None:
         return _of_nested(use, use.nested, positions, env, trace)
-    site = use.site
+    _, pull = jax.vjp(*outputs_by_views(use.site, positions, env, seen))
+    return [(use.site.eqn.invars[p], part) for p, part in zip(positions, pull(cotangents)[0], strict=True)]
+
+
+def outputs_by_views(
+    site: Site, positions: tuple[int, ...], env: dict[Any, Any], seen: list[jax.Array]
+) -> tuple[Callable[[list[jax.Array]], list[jax.Array]], list[jax.Array]]:
+    """(one example's tapped outputs of a site as a function of the views at `positions`, the values of the views)."""
     values = operands_of(site, env, seen)
 
     def outputs(views: list[jax.Array]) -> list[jax.Array]:
@@ -81,8 +95,7 @@ def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Tra
         outs = _compat.bind(site.eqn, filled)
         return [outs[k] for k in site.taps]
 
-    _, pull = jax.vjp(outputs, [values[position] for position in positions])
-    return [(site.eqn.invars[p], part) for p, part in zip(positions, pull(cotangents)[0], strict=True)]
+    return outputs, [values[position] for position in positions]
 
 
 def _of_nested(

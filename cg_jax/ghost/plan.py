@@ -15,6 +15,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
@@ -22,6 +23,9 @@ from cg_jax.ghost.capture import Program, Use, leading_to, uses_of
 from cg_jax.ghost.product import Product, lift
 from cg_jax.ghost.rules import Norm, rule_for
 from cg_jax.ghost.views import isometric_view, undo_view
+
+# What a tensor is asked for: squared norms [B], and the sum over the batch.
+Yield = tuple[jax.Array, jax.Array]
 
 # Bytes that the per-example arrays of one tensor may take at once, by default.
 _MAX_BYTES = {"cpu": 2**26}

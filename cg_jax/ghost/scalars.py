@@ -13,13 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _compat, trees
+from cg_jax import trees
 from cg_jax.ghost import instances
 from cg_jax.ghost.backward import Traces
-from cg_jax.ghost.capture import Program, Use, evaluate, leading_to
-from cg_jax.ghost.plan import Plan
-
-Yield = tuple[jax.Array, jax.Array]
+from cg_jax.ghost.capture import Program, Use
+from cg_jax.ghost.plan import Plan, Yield
 
 
 def add(program: Program, env: dict[Any, Any], todo: Plan, traces: Traces, made: dict[int, Yield]) -> dict[int, Yield]:
@@ -62,13 +60,8 @@ def _directions(
     program: Program, env: dict[Any, Any], views: list[Any], parameters: list[int]
 ) -> dict[Any, dict[int, jax.Array]]:
     """The gradient of every number by every parameter, in the accumulator dtype."""
-    eqns, variables = leading_to(views, program.static), [program.parameters[i] for i in parameters]
-
-    def numbers(values: list[jax.Array]) -> list[jax.Array]:
-        local = env | dict(zip(variables, values, strict=True))
-        evaluate(eqns, local)
-        return [local[view] for view in views]
-
+    variables = [program.parameters[i] for i in parameters]
+    numbers = instances.view_values(program, env, variables, views)
     outs, pull = jax.vjp(numbers, [env[variable] for variable in variables])
     found = {}
     for k, view in enumerate(views):
@@ -89,14 +82,8 @@ def _inner(
     if not uses:
         return jnp.zeros((), direction.dtype)
     variable, views = program.parameters[parameter], [use.site.eqn.invars[position] for use, position in uses]
-    eqns = leading_to(views, program.static)
-
-    def seen(value: jax.Array) -> list[jax.Array]:
-        local = env | {variable: value}
-        evaluate(eqns, local)
-        return [local[view] for view in views]
-
-    _, tangents = jax.jvp(seen, (env[variable],), (direction.astype(env[variable].dtype),))
+    seen = instances.view_values(program, env, [variable], views)
+    _, tangents = jax.jvp(seen, ([env[variable]],), ([direction.astype(env[variable].dtype)],))
     total = jnp.zeros((), direction.dtype)
     for (use, position), tangent in zip(uses, tangents, strict=True):
         total = total + _along(use, position, env, tangent, traces).astype(direction.dtype)
@@ -108,14 +95,8 @@ def _along(use: Use, position: int, env: dict[Any, Any], tangent: jax.Array, tra
 
     def one(trace: Any) -> jax.Array:
         seen, cotangents = trace
-        values = instances.operands_of(use.site, env, seen)
-
-        def outputs(view: jax.Array) -> list[jax.Array]:
-            filled = [*values[:position], view, *values[position + 1 :]]
-            outs = _compat.bind(use.site.eqn, filled)
-            return [outs[k] for k in use.site.taps]
-
-        _, moved = jax.jvp(outputs, (values[position],), (tangent,))
+        outputs, views = instances.outputs_by_views(use.site, (position,), env, seen)
+        _, moved = jax.jvp(outputs, (views,), ([tangent],))
         parts = [
             jnp.vdot(c.astype(trees.accumulator_dtype(c.dtype)), m.astype(trees.accumulator_dtype(m.dtype)))
             for c, m in zip(cotangents, moved, strict=True)
