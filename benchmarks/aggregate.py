@@ -112,7 +112,7 @@ def rules(size: int, repeats: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Where the results go, and how often every side runs."""
+    """What a robust average costs in a training step, and by itself: about 6 minutes on 2 CPU cores."""
 
     repeats: int = 30
     out: Path = Path("benchmarks/results/aggregate.json")
@@ -130,7 +130,8 @@ def main(options: Options) -> None:
         )
     alone = [rules(size, options.repeats) for size in (700_000, 10_000_000)]
     for row in alone:
-        print(row)
+        sides = (f"{side.removesuffix('_ms')} {ms:.1f} ms" for side, ms in row.items() if side.endswith("_ms"))
+        print(f"of three gradients of {row['numbers']:,} numbers: {', '.join(sides)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     written = {"machine": machine(), "repeats": options.repeats, "steps": rows, "rules": alone}
     options.out.write_text(json.dumps(written, indent=1) + "\n")

@@ -260,6 +260,16 @@ def all_gather_invarying(tile: Any, axis_name: Any) -> Any:
     return jax.lax.all_gather(tile, axis_name, tiled=True, to="invarying")
 
 
+def bound_axes() -> tuple[str, ...]:
+    """The names of the axes of the shard_map, pmap or vmap around, as far as can be told."""
+    try:
+        from jax._src import core as internal
+
+        return tuple(map(str, internal.trace_ctx.axis_env.axis_names()))
+    except (ImportError, AttributeError):
+        return ()
+
+
 def is_tracer(value: Any) -> bool:
     """Whether `value` stands for an array inside a traced function."""
     return isinstance(value, Tracer)

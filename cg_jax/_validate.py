@@ -70,15 +70,12 @@ def mask_shape(mask: Any, batch_size: int) -> None:
         )
 
 
-def scalar_loss(out: PyTree) -> None:
-    """TypeError unless `out`, what loss_fn returned for one example, is one real floating-point scalar."""
+def scalar_loss(out: PyTree, what: str) -> None:
+    """TypeError unless `out`, what loss_fn returned, is one real floating-point scalar."""
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0] is not out or out.shape != ():
         shapes = jax.tree.map(lambda leaf: getattr(leaf, "shape", leaf), out)
-        raise TypeError(
-            "Expected loss_fn(params, example) to return one scalar, the loss of ONE example "
-            f"(no batch axis), got shape {shapes}."
-        )
+        raise TypeError(f"Expected loss_fn to return one scalar, {what}, got shape {shapes}.")
     if not jax.numpy.issubdtype(out.dtype, jax.numpy.floating):
         raise TypeError(f"Expected loss_fn to return a real floating-point scalar, got dtype {out.dtype}.")
 

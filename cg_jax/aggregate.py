@@ -14,7 +14,7 @@ import optax
 from optax.experimental import aggregating
 
 from cg_jax import _validate, trees
-from cg_jax.rules import Rule, mean, median
+from cg_jax.rules import Rule, applied, mean, median, require_rule
 
 PyTree = Any
 
@@ -32,7 +32,7 @@ def _cast(update: jax.Array, slots: Sequence[jax.Array]) -> jax.Array:
 
 def _aggregate(rule: Rule, slots: PyTree, updates: PyTree) -> PyTree:
     """The rule over the rows of the slots and the updates, in the slots' dtype."""
-    return jax.tree.map(lambda s, g: rule(jnp.concatenate([s, g[None].astype(s.dtype)])), slots, updates)
+    return jax.tree.map(lambda s, g: applied(rule, jnp.concatenate([s, g[None].astype(s.dtype)])), slots, updates)
 
 
 def _write(slots: PyTree, updates: PyTree, position: jax.Array, after: PyTree) -> PyTree:
@@ -53,12 +53,14 @@ def _write(slots: PyTree, updates: PyTree, position: jax.Array, after: PyTree) -
 
 
 def _stacked(rule: Rule, k: int | None) -> aggregating.Aggregator:
+    require_rule(rule)
+
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, Any]:
         del params, extra_args
         rows = _validate.leading_axis("updates", updates)
         if k is not None and rows != k:
             raise ValueError(f"Expected updates of shape [k, *shape] with k={k}, got a leading axis of {rows}.")
-        return jax.tree.map(rule, updates), state
+        return jax.tree.map(lambda values: applied(rule, values), updates), state
 
     return aggregating.Aggregator(optax.init_empty_state, update_fn)
 
@@ -77,7 +79,8 @@ def stacked(rule: Rule) -> aggregating.Aggregator:
         An `optax.experimental.aggregating.Aggregator`, which is a `GradientTransformationExtraArgs`.
 
     Raises:
-        ValueError: When it meets updates whose leading axes disagree or are absent.
+        TypeError: rule is no function of k values.
+        ValueError: When it meets updates whose leading axes disagree or are absent, or the rule makes another shape.
 
     Examples:
         >>> import jax, optax, cg_jax as cg
@@ -134,7 +137,8 @@ def consecutive(rule: Rule, k: int, optimizer: optax.GradientTransformation) -> 
         parameters, and the optimizer's.
 
     Raises:
-        ValueError: k < 1.
+        TypeError: rule is no function of k values.
+        ValueError: k < 1; when it meets gradients, a rule that makes another shape.
 
     Examples:
         >>> import jax, optax, cg_jax as cg
@@ -148,6 +152,7 @@ def consecutive(rule: Rule, k: int, optimizer: optax.GradientTransformation) -> 
         -4.0
     """
     k = _validate.at_least("k", k, 1)
+    require_rule(rule)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: PyTree) -> ConsecutiveState:
@@ -196,7 +201,8 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
         k − 1 gradients, reused where the state is donated.
 
     Raises:
-        ValueError: k < 1.
+        TypeError: rule is no function of k values.
+        ValueError: k < 1; when it meets gradients, a rule that makes another shape.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -211,6 +217,7 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
         5.0
     """
     k = _validate.at_least("k", k, 1)
+    require_rule(rule)
 
     def init_fn(params: PyTree) -> RollingState:
         return RollingState(jnp.zeros((), jnp.int32), tuple(_zeros(params) for _ in range(k - 1)))
@@ -219,7 +226,7 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
         del params, extra_args
 
         def direction(update: jax.Array, *slots: jax.Array) -> jax.Array:
-            seen = rule(jnp.stack([*slots, _cast(update, slots)]))
+            seen = applied(rule, jnp.stack([*slots, _cast(update, slots)]))
             return seen if k == 1 else jnp.where(state.num_seen < k - 1, _cast(update, slots), seen)
 
         # Arrays of their own, which move up by one. One array of all of them, written in turn, XLA copies twice in a

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
@@ -55,11 +56,11 @@ def batches_of(data: Any, batch_size: int, layout: Layout | None, whole: bool) -
     if layout is not None and several:
         layout.require_places_of_one_process()
     if is_arrays(data):
-        size, sizes = _agreed(lambda: _validate.leading_axis("data", data), several)
+        size, sizes = _agreed(lambda: (_validate.leading_axis("data", data), data), batch_size, several)
         number, batches = -(-int(sizes.max()) // share), _array_batches(data, size, share, sizes)
     elif isinstance(data, Iterable):
         number = len(data) if isinstance(data, Sized) and not several else None
-        batches = _iterable_batches(data, share, share if several else batch_size, several)
+        batches = _iterable_batches(data, share, batch_size, several)
     else:
         raise TypeError(f"Expected data to be a pytree of arrays or an iterable of batches, got {type(data).__name__}.")
     return Batches(batches if layout is None else _put(layout, batches), number, share)
@@ -71,27 +72,37 @@ def _put(layout: Layout, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield Batch(rows, ids, batch.sizes)
 
 
-def _agreed(size_of: Callable[[], int], several: bool) -> tuple[int, np.ndarray]:
-    """(how many examples this process has next, how many every process has).
+def _agreed(next_rows: Callable[[], tuple[int, PyTree]], batch_size: int, several: bool) -> tuple[int, np.ndarray]:
+    """(how many examples this process has next, how many every process has), given those and what they lie in.
 
-    An error in one process is raised in all: the others would wait for it.
+    An error in one process is raised in all: the others would wait for it. So is one of processes that do not agree.
     """
     if not several:
-        size = size_of()
+        size, _ = next_rows()
         return size, np.array([size])
-    size, error = -1, None
+    size, kind, error = -1, "", None
     try:
-        size = size_of()
+        size, rows = next_rows()
+        kind = f"batch_size={batch_size} and rows of {jax.tree.map(_row_type, rows)}"
     except Exception as found:
         error = found
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(size)))
+    mine = np.array([size, zlib.crc32(kind.encode()) >> 1], np.int32)
+    sizes, kinds = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 2).T
     if error is not None:
         raise error
     if (sizes < 0).any():
         raise ValueError(
             f"Expected data from every process, got an error in process {int(sizes.argmin())}; it says why."
         )
+    if (kinds != kinds[0]).any():
+        other = int((kinds != mine[1]).argmax())
+        raise ValueError(f"Expected the same in every process, got {kind} here and something else in process {other}.")
     return size, sizes
+
+
+def _row_type(leaf: Any) -> str:
+    """Dtype and shape of one row, as they will be on a device."""
+    return f"{jax.dtypes.canonicalize_dtype(leaf.dtype)}{list(leaf.shape[1:])}"
 
 
 def _pad(rows: PyTree, start: int, size: int, share: int, sizes: tuple[int, ...]) -> Batch:
@@ -112,27 +123,28 @@ def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> It
         yield _pad(rows, start, max(size - start, 0), share, now)
 
 
-def _iterable_batches(data: Iterable[PyTree], share: int, limit: int, several: bool) -> Iterator[Batch]:
+def _iterable_batches(data: Iterable[PyTree], share: int, batch_size: int, several: bool) -> Iterator[Batch]:
     """The batches of an iterable. Of several processes, one that has run out repeats its last rows, masked."""
     start, rows, iterator = 0, None, iter(data)
+    limit = share if several else batch_size
 
-    def size_of_next() -> int:
+    def next_rows() -> tuple[int, PyTree]:
         nonlocal rows
         more = next(iterator, None)
         if more is None and rows is None:
             raise ValueError("Expected data to hold at least one batch, got an empty iterable.")
         if more is None:
-            return 0
+            return 0, rows
         rows, size = as_auto(more), _validate.leading_axis("batch", more)
         if size > limit:
             most = (
                 f"{limit} examples, this process's share of batch_size" if several else f"batch_size={limit} examples"
             )
             raise ValueError(f"Expected batches of at most {most}, got one of {size}.")
-        return size
+        return size, rows
 
     while True:
-        size, sizes = _agreed(size_of_next, several)
+        size, sizes = _agreed(next_rows, batch_size, several)
         if not sizes.any():
             return
         yield _pad(rows, start, size, share, tuple(int(n) for n in sizes))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from cg_jax import _compat, _validate
-from cg_jax.rules import Rule
+from cg_jax.rules import Rule, applied, require_rule
 
 PyTree = Any
 
@@ -22,14 +22,17 @@ PyTree = Any
 def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.GradientTransformationExtraArgs:
     """The transformation that turns the gradients of the n devices of an axis into rule(them), the same on all devices.
 
-    For use inside `jax.shard_map` or `jax.pmap`, on each device's own gradient. The result is bit for bit that of
+    For use inside `jax.shard_map` or `jax.pmap`, on each device's own gradient. It comes **first** in `optax.chain`;
+    wrappers that keep or accumulate updates (`optax.MultiSteps`, `m3`) go around what comes after it, for before it
+    updates differ between devices, and so would a state that holds them. The result is bit for bit that of
     gathering all gradients and applying the rule to [n, *shape], but every device receives 2 P (n − 1)/n bytes instead
     of (n − 1) P, and holds at most 3 P instead of n P, with P the bytes of one gradient (with `stacked`, k times that).
     The result varies over no axis: a training step may return it with `out_specs=P()`.
 
     Inside shard_map, `jax.grad` with respect to parameters that are the same on all devices is summed over them. For a
     device's own gradient cast the parameters first, `jax.lax.pcast(params, axis_name, to="varying")`, or take
-    `micro_batch_grads`, which does.
+    `micro_batch_grads`, which does. Make the shard_map manual over all axes of the mesh: parameters that the compiler
+    divides over a further axis would be gathered for the exchange.
 
     Over an axis of a mesh of two, groups of devices count as one: average inside a group, and take the rule across
     groups. With `jax.lax.pmean(grads, "inner")` before it, 8 devices as 4 groups of 2 give the median of 4. With
@@ -45,8 +48,10 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
         A `GradientTransformationExtraArgs` without state.
 
     Raises:
+        TypeError: rule is no function of k values.
         ValueError: When it meets updates: outside of a shard_map or pmap over that axis; updates that are the same on
-            every device of the axis, where JAX tells (check_vma); with stacked, leading axes that disagree.
+            every device of the axis, where JAX tells (check_vma); with stacked, leading axes that disagree; a rule that
+            does not make [*shape] of [k, *shape].
 
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
@@ -60,6 +65,7 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
         >>> jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P()))(jax.numpy.ones((1, 2)))
         Array([-0.1, -0.1], dtype=float32)
     """
+    require_rule(rule)
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
 
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, Any]:
@@ -86,8 +92,10 @@ def _check(leaves: Sequence[jax.Array], axis_name: Any) -> None:
     try:
         tracked = _compat.varying_axes(*(jax.lax.axis_index(name) for name in names))
     except NameError:
+        around = _compat.bound_axes()
+        found = f"axes {', '.join(map(repr, around))}" if around else "none"
         raise ValueError(
-            f"Expected a shard_map or pmap over axis_name={axis_name!r} around across_devices, got none."
+            f"Expected a shard_map or pmap over axis_name={axis_name!r} around across_devices, got {found}."
         ) from None
     for leaf in leaves:
         missing = [name for name in names if name in tracked - _compat.varying_axes(leaf)]
@@ -109,6 +117,6 @@ def _of_one_kind(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacke
     size = flat.shape[1]
     flat = jnp.pad(flat, ((0, 0), (0, -size % n)))
     tile = jax.lax.all_to_all(flat, axis_name, split_axis=1, concat_axis=0, tiled=True)
-    whole = _compat.all_gather_invarying(rule(tile), axis_name)[:size]
+    whole = _compat.all_gather_invarying(applied(rule, tile), axis_name)[:size]
     ends = itertools.accumulate(map(math.prod, shapes), initial=0)
     return [whole[a:b].reshape(shape) for (a, b), shape in zip(itertools.pairwise(ends), shapes, strict=True)]

@@ -151,7 +151,17 @@ def _signs(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
     """The squares add up to an estimate of Q, off by what the draws differ by."""
     typical = sums.spread.total / sums.spread.number
     error = _where_squares_fit(typical, jnp.sqrt(sums.spread.squares)) / (sums.spread.total / 2)
+    error = _of_few(error, sums.spread.number)
     return sums.moments, lambda found: found.alpha * error
+
+
+def _of_few(error: jax.Array, number: jax.Array) -> jax.Array:
+    """A standard error that was estimated from `number` squares: their root is too small on average, for normal numbers
+    by √(2/n) Γ((n + 1)/2) / Γ(n/2), which is 0.80 for one square and 0.92 for three.
+    """
+    n = number.astype(error.dtype)
+    gammas = jax.scipy.special.gammaln((n + 1) / 2) - jax.scipy.special.gammaln(n / 2)
+    return error / (jnp.sqrt(2 / n) * jnp.exp(gammas))
 
 
 def _where_squares_fit(size: jax.Array, error: jax.Array) -> jax.Array:
@@ -164,7 +174,7 @@ def _where_squares_fit(size: jax.Array, error: jax.Array) -> jax.Array:
 def _batch_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
     """k times the mean gradient of the batch, and its squared norm."""
     kept, rest = trees.partition(inputs.params)
-    kept, loss_fn = jax.tree.map(jnp.asarray, kept), checked_loss(how.loss_fn, rest)
+    kept, loss_fn = jax.tree.map(jnp.asarray, kept), checked_loss(how.loss_fn, rest, "the mean loss of a batch")
     require_dependence_on(loss_fn, kept, rows)
     loss, grads = jax.value_and_grad(loss_fn)(kept, rows)
     grads = trees.accumulate(grads)
@@ -211,6 +221,7 @@ def _batch(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
         # V is N − 1 squared distances; each scatters as the half squared distances of pairs do.
         error = jnp.sqrt(sums.spread.variance() / (number - 1)) * (number - 1) / number
         error = _where_squares_fit(sums.spread.total / sums.spread.number, error)
+        error = _of_few(error, sums.spread.number - 1)
         return found.alpha**2 * error / (c * found.mean_grad_norm**2)
 
     return sums.moments._replace(sum_sq_norms=sum_sq_norms), stderr

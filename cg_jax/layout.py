@@ -237,6 +237,12 @@ def as_auto(tree: PyTree) -> PyTree:
     return jax.tree.map(relabel, tree)
 
 
+def auto_context() -> contextlib.AbstractContextManager[Any]:
+    """While it is open, the mesh that the user has set, if its axes are Explicit, is one of Auto axes."""
+    mesh = jax.sharding.get_mesh()
+    return jax.set_mesh(_all_auto(mesh)) if AxisType.Explicit in mesh.axis_types else contextlib.nullcontext()
+
+
 def _all_auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 

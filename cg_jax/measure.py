@@ -7,13 +7,14 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cg_jax import _validate
+from cg_jax import _compat, _validate
 from cg_jax.batches import batches_of, is_arrays
 from cg_jax.estimators import ESTIMATORS, Estimator, Inputs
-from cg_jax.layout import Layout
+from cg_jax.layout import Layout, as_auto, auto_context
 from cg_jax.metrics import Coherence
 from cg_jax.per_example import LossFn
 from cg_jax.statistics import METHODS
@@ -53,6 +54,23 @@ def _check_confidence(confidence: bool, estimator: str, data: Any) -> None:
         )
 
 
+def _check_outside(params: PyTree, data: Any) -> None:
+    leaves = jax.tree.leaves((params, data if is_arrays(data) else None))
+    if any(_compat.is_tracer(leaf) for leaf in leaves):
+        raise TypeError(
+            "Expected measure_coherence outside of jit, vmap and shard_map, got traced arrays: it is a loop over "
+            "compiled programs. Inside, take coherence(grad_moments(loss_fn)(params, batch))."
+        )
+
+
+def _check_mesh(mesh: Any, data_axis: str | None) -> None:
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"Expected mesh to be a jax.sharding.Mesh or None, got {type(mesh).__name__}.")
+    if data_axis is not None and (mesh is None or not isinstance(data_axis, str)):
+        what = "with mesh" if mesh is None else "to be the name of one axis"
+        raise ValueError(f"Expected data_axis {what}, got data_axis={data_axis!r}.")
+
+
 def measure_coherence(
     loss_fn: LossFn,
     params: PyTree,
@@ -84,12 +102,14 @@ def measure_coherence(
         params: Any pytree of arrays; integer leaves are held fixed.
         data: A pytree (tuple, dict, …) of host or device arrays that share a leading axis m, any m; or an iterable (a
             list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. Of several processes
-            each gives its own part of the data, any m: arrays on the host, or its share of every batch. An iterable
-            then costs one small exchange between processes for each batch.
+            each gives its own part of the data, any m ≥ 1: arrays on the host, or its share of every batch, at most
+            batch_size / num_processes rows. An iterable then costs one small exchange between processes for each batch.
+            All other arguments are the same in every process. An error that one process meets in its data is raised in
+            all; one that it meets elsewhere ends the others when it ends.
         batch_size: Examples in one batch, over all devices; a shorter batch is padded by repeating a row, and the
             padding is masked.
-        mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all.
-        data_axis: The axis of the mesh that examples are divided over; without it its only axis, or "data".
+        mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all, its axes Auto or Explicit.
+        data_axis: The one axis of the mesh that examples are divided over; without it its only axis, or "data".
         method: "ghost", or "vmap" for the plain reference; of estimator "exact".
         estimator: "exact"; or one that needs no per-example gradients, for losses that the engine is not for:
             "signs", Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1, one term for each batch on each device, the mean of
@@ -101,11 +121,13 @@ def measure_coherence(
             left out and counted in num_skipped; m is what was used. Every batch ends in an all-reduce. One batch alone:
             α is NaN.
         confidence: Estimator "exact": give alpha_stderr, the infinitesimal jackknife's standard error of α over new
-            samples of m examples, by one more pass over the data (arrays or a list). Near the orthogonal limit, below
+            samples of m examples, by one more pass over the data (arrays or a list). It is about the mean α of such
+            samples, which is above the population's by (1 − α)/m: see alpha_unbiased. Near the orthogonal limit, below
             α of about 10/m, it is too large (up to twice). Estimators "signs" and "batch" always give alpha_stderr, of
             the estimate around the exact α of the same examples: of "signs" by the draws of signs; of "batch" by how
-            far pairs of batches are apart (NaN below 4), too large where norms differ much between examples. NaN too
-            where squares of squared norms leave the range of the dtype.
+            far pairs of batches are apart (NaN below 4 batches), too large where norms differ much between examples.
+            Both are rough where they follow from few batches. NaN too where squares of squared norms leave the range of
+            the dtype.
         nonfinite: What a loss or gradient that is not finite does. "raise": FloatingPointError with how many and the
             first index. "skip": the example is left out and counted in num_skipped ("signs", "batch": its whole
             batch). "propagate": the result is NaN.
@@ -117,11 +139,12 @@ def measure_coherence(
 
     Raises:
         ValueError: batch_size < 1, unknown method, estimator or nonfinite, empty data, leading axes that disagree, a
-            batch larger than batch_size, data_axis that is none of the mesh, estimator "batch" with a batch_size that
-            the devices do not divide, confidence with another estimator than "exact", or a loss that does not depend
-            on params.
+            batch larger than batch_size, data_axis that is none of the mesh or without one, estimator "batch" with a
+            batch_size that the devices do not divide, confidence with another estimator than "exact", a loss that does
+            not depend on params, or processes that do not agree on batch_size or on what a row of data is.
         TypeError: loss_fn is no function or does not return a real scalar, a leaf of params is complex or no array,
-            data is no pytree of arrays and cannot be iterated, or cannot be iterated twice where it has to be.
+            data is no pytree of arrays and cannot be iterated, or cannot be iterated twice where it has to be; mesh is
+            none; or this is called inside jit or shard_map, where `coherence` of `grad_moments` is for.
         FloatingPointError: With nonfinite="raise".
 
     References:
@@ -144,14 +167,33 @@ def measure_coherence(
     seed = _validate.at_least("seed", seed, 0)
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
     _check_confidence(confidence, estimator, data)
+    _check_mesh(mesh, data_axis)
+    _check_outside(params, data)
     layout = None if mesh is None else Layout.of(mesh, data_axis, params)
-    if layout is not None:
-        params = layout.place(params)
-        if estimator == "batch":
-            _validate.divides("the data axis", layout.num_shards, "batch_size", batch_size)
     axis = layout.axis if layout is not None and estimator != "batch" else None
     how = Estimator(estimator, loss_fn, method, batch_size, nonfinite != "propagate", axis)
-    read = functools.partial(batches_of, data, batch_size, layout, whole=not how.by_example)
+    with auto_context():
+        return _measured(how, layout, params, data, nonfinite, confidence, seed, progress)
+
+
+def _measured(
+    how: Estimator,
+    layout: Layout | None,
+    params: PyTree,
+    data: Any,
+    nonfinite: str,
+    confidence: bool,
+    seed: int,
+    progress: bool,
+) -> Coherence:
+    """The measurement, its arguments checked."""
+    if layout is None:
+        params, data = as_auto(params), as_auto(data) if is_arrays(data) else data
+    else:
+        params = layout.place(params)
+        if not how.by_example:
+            _validate.divides("the data axis", layout.num_shards, "batch_size", how.batch_size)
+    read = functools.partial(batches_of, data, how.batch_size, layout, whole=not how.by_example)
     run, batches = Run(how, layout, Inputs(params, jnp.asarray(seed, jnp.uint32)), nonfinite, confidence), read()
     with _bar(progress, batches.number) as bar:
         sums, skipped, by_batch = run.add_all(batches, bar)

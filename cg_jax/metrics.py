@@ -53,14 +53,16 @@ class Coherence:
     num_skipped: jax.Array
     """Examples left out: their gradient was not finite, or (estimator "batch") they filled no whole batch."""
     alpha_stderr: jax.Array
-    """Standard error of α; NaN unless it was asked for. What it is of, `measure_coherence` says for each estimator."""
+    """Standard error of α; NaN unless it was asked for. What it is of, `measure_coherence` says for each estimator.
+    That of r is m times it, that of alpha_unbiased m / (m − 1) times. There is none of single tensors."""
     per_tensor: dict[str, Ratios]
     """Path of each parameter tensor → its ratios; α = Σ share · α over the tensors."""
 
     def __str__(self) -> str:
         if _compat.is_tracer(self.alpha):  # has no digits yet
             return repr(self)
-        return f"Coherence(α={self.alpha:.4g}, r={self.m_coherence:.4g} of {self.count}, loss={self.loss:.4g})"
+        error = "" if jnp.isnan(self.alpha_stderr) else f" ± {self.alpha_stderr:.2g}"
+        return f"Coherence(α={self.alpha:.4g}{error}, r={self.m_coherence:.4g} of {self.count}, loss={self.loss:.4g})"
 
 
 def _ratios(sq_norm_sum: jax.Array, sum_sq_norms: jax.Array, count: jax.Array, share: jax.Array) -> Ratios:

@@ -1,12 +1,13 @@
 """The mean gradients of groups of a batch, which feed a robust average."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _validate, trees
+from cg_jax import _validate, explicit, trees
 from cg_jax.per_example import LossFn, checked_loss, each_devices_own, require_dependence
 
 PyTree = Any
@@ -42,7 +43,10 @@ def micro_batch_grads(loss_fn: LossFn, k: int) -> Callable[[PyTree, PyTree], PyT
     def grads(params: PyTree, batch: PyTree) -> PyTree:
         size = _validate.leading_axis("batch", batch)
         _validate.divides("k", k, "the batch size B", size)
-        batch = jax.tree.map(jnp.asarray, batch)
+        return explicit.relaxed(of_groups, _lie, params, jax.tree.map(jnp.asarray, batch))
+
+    def of_groups(params: PyTree, batch: PyTree) -> PyTree:
+        size = jax.tree.leaves(batch)[0].shape[0]
         require_dependence(loss_fn, params, batch)
         kept, rest = trees.partition(each_devices_own(loss_fn, params, batch))
         loss = checked_loss(loss_fn, rest)
@@ -51,3 +55,9 @@ def micro_batch_grads(loss_fn: LossFn, k: int) -> Callable[[PyTree, PyTree], PyT
         return jax.vmap(jax.grad(mean_loss), in_axes=(None, 0))(kept, groups)
 
     return grads
+
+
+def _lie(params: PyTree, rows: Any) -> PyTree:
+    """As the parameters, whatever the examples are divided over."""
+    del rows
+    return jax.tree.map(functools.partial(explicit.behind, None), params)

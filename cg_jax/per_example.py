@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from cg_jax import _compat, _validate, trees
+from cg_jax import _compat, _validate, explicit, trees
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -16,12 +17,12 @@ LossFn = Callable[[PyTree, PyTree], jax.Array]
 _CHUNK = 16
 
 
-def checked_loss(loss_fn: LossFn, rest: PyTree) -> LossFn:
+def checked_loss(loss_fn: LossFn, rest: PyTree, what: str = "the loss of ONE example (no batch axis)") -> LossFn:
     """loss_fn of the differentiable leaves alone, `rest` put back; TypeError when traced if it returns no scalar."""
 
     def loss(kept: PyTree, example: PyTree) -> jax.Array:
         out = jax.tree.map(jnp.asarray, loss_fn(trees.combine(kept, rest), example))
-        _validate.scalar_loss(out)
+        _validate.scalar_loss(out, what)
         return out
 
     return loss
@@ -104,9 +105,13 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
     def grads(params: PyTree, batch: PyTree) -> PyTree:
         _validate.parameters(params)
         _validate.leading_axis("batch", batch)
-        return _grads(loss_fn, params, batch)
+        return explicit.relaxed(functools.partial(_grads, loss_fn), _grads_lie, params, batch)
 
     return grads
+
+
+def _grads_lie(params: PyTree, rows: Any) -> PyTree:
+    return jax.tree.map(functools.partial(explicit.behind, rows), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -161,6 +166,8 @@ def alignments(loss_fn: LossFn) -> Callable[[PyTree, PyTree, PyTree], jax.Array]
         along = trees.partition(direction)[0] if jax.tree.leaves(rest) else direction
         _validate.same_structure("direction", along, "params", kept)
         along = jax.tree.map(jnp.asarray, along)
-        return _alignments(loss_fn, params, batch, along)
+        return explicit.relaxed(
+            functools.partial(_alignments, loss_fn), lambda _, rows: PartitionSpec(rows), params, batch, along
+        )
 
     return aligned

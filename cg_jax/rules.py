@@ -9,6 +9,7 @@ axis of a large array is several times slower on a CPU.
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,24 @@ from cg_jax import _validate, trees
 Rule = Callable[[jax.Array], jax.Array]
 
 _NETWORK_LIMIT = 16
+
+
+def require_rule(rule: Any) -> None:
+    """TypeError unless `rule` is a function; cg_jax.median and its like are not yet rules, but make them."""
+    if rule in (mean, median, trimmed_mean, winsorized_mean):
+        raise TypeError(f"Expected a rule, as cg_jax.{rule.__name__}(…) makes it, got cg_jax.{rule.__name__} itself.")
+    _validate.function("rule", rule)
+
+
+def applied(rule: Rule, values: jax.Array) -> jax.Array:
+    """rule(values); ValueError unless it makes [*shape] of [k, *shape]."""
+    out = rule(values)
+    if jnp.shape(out) != jnp.shape(values)[1:]:
+        raise ValueError(
+            "Expected a coordinate-wise rule, [k, *shape] → [*shape], got one that makes shape "
+            f"{list(jnp.shape(out))} of {list(jnp.shape(values))}."
+        )
+    return out
 
 
 @functools.cache

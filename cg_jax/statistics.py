@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from cg_jax import _validate, ghost, trees
+from cg_jax import _validate, explicit, ghost, trees
 from cg_jax.moments import GradMoments
 from cg_jax.per_example import LossFn, each_devices_own, losses_and_grads
 
@@ -100,6 +101,9 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
     gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters
     beyond max_bytes; "vmap" is the plain reference, vmap(grad), and does. Both are exact and agree to rounding.
 
+    Inside `jax.shard_map` or `jax.pmap` a device's moments are those of its own examples: `jax.lax.psum(moments, axis)`
+    is the moments of all, and `coherence` of that what you want. Under `jax.jit` with sharded arrays nothing is needed.
+
     Args:
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object:
             pass the same one again, for a fresh lambda compiles again.
@@ -139,9 +143,16 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
         if mask is not None:
             mask = jnp.asarray(mask)
             _validate.mask_shape(mask, size)
-        return _moments(loss_fn, method, max_bytes, params, batch, mask)
+        of_batch = functools.partial(_moments, loss_fn, method, max_bytes)
+        return explicit.relaxed(of_batch, _moments_lie, params, batch, mask)
 
     return moments
+
+
+def _moments_lie(params: PyTree, rows: Any) -> GradMoments:
+    del rows
+    whole: Any = PartitionSpec()
+    return GradMoments(whole, whole, params, jax.tree.map(lambda _: whole, params))
 
 
 def per_example_sq_norms(
@@ -175,6 +186,11 @@ def per_example_sq_norms(
     def sq_norms(params: PyTree, batch: PyTree) -> PyTree:
         _validate.parameters(params)
         _validate.leading_axis("batch", batch)
-        return _sq_norms(loss_fn, method, max_bytes, params, batch)
+        of_batch = functools.partial(_sq_norms, loss_fn, method, max_bytes)
+        return explicit.relaxed(of_batch, _norms_lie, params, batch)
 
     return sq_norms
+
+
+def _norms_lie(params: PyTree, rows: Any) -> PyTree:
+    return jax.tree.map(lambda _: PartitionSpec(rows), params)

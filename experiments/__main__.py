@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import coherence, devices, noise, report
-from experiments.configs import CoherenceConfig, Config, DemoConfig, NoiseConfig, check
+from experiments.configs import CoherenceConfig, Config, DemoConfig, NoiseConfig, check, check_cluster
 from experiments.run import RunFolder, new_folder, write_json
 from experiments.run import environment as environment_of
 from experiments.section import Section
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     config: Any = tyro.cli(Choice, prog="python -m experiments", args=arguments)  # type: ignore[call-overload]
     try:
         parts = config.parts() if isinstance(config, DemoConfig) else (config,)
+        check_cluster(config)
         for part in parts:
             check(part)
         devices.start(config)
@@ -76,7 +77,8 @@ def _measure(module: Any, part: Config, folder: RunFolder) -> int:
     try:
         module.measure(part, folder)
     except KeyboardInterrupt:
-        print("Interrupted: the report is of what was measured until now.", file=sys.stderr)
+        if devices.writes():
+            print("Interrupted: the report is of what was measured until now.", file=sys.stderr)
         return 130
     except FloatingPointError as error:
         print(f"Training diverged: {error}", file=sys.stderr)

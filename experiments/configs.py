@@ -10,7 +10,12 @@ ModelName = Literal["mlp", "cnn", "resnet"]
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where a run that is started on several machines finds itself. Slurm, Open MPI, Kubernetes and TPU pods tell."""
+    """Where a run that is started on several machines finds itself.
+
+    Start the same command on each machine, with the same options but for process_id: process 0 on HOST, which the
+    others reach under that name. Under Slurm (srun), Open MPI (mpirun), Kubernetes and on TPU pods none of these is
+    needed.
+    """
 
     coordinator: str | None = None
     """HOST:PORT of the first of several processes, the same for all of them."""
@@ -18,6 +23,8 @@ class Cluster:
     """How many processes there are."""
     process_id: int | None = None
     """Which of them this is, from 0; process 0 writes the results."""
+    wait: int = 300
+    """Seconds to wait at the start for the other processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +109,35 @@ class DemoConfig(Cluster):
         )
 
 
+def check_cluster(cluster: Cluster) -> None:
+    """The same of the options that tell of other processes."""
+    given = {name: getattr(cluster, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [name for name, value in given.items() if value is None]
+    if cluster.wait < 1:
+        raise ValueError(f"Expected wait >= 1, got wait={cluster.wait}.")
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise ValueError(
+            f"Expected coordinator, num_processes and process_id together, got no {' and no '.join(missing)}."
+        )
+    host, _, port = str(cluster.coordinator).rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"Expected coordinator as HOST:PORT, got coordinator={cluster.coordinator}.")
+    if given["num_processes"] < 1:
+        raise ValueError(f"Expected num_processes >= 1, got num_processes={cluster.num_processes}.")
+    if not 0 <= given["process_id"] < given["num_processes"]:
+        numbers = f"process_id={cluster.process_id} and num_processes={cluster.num_processes}"
+        raise ValueError(f"Expected 0 <= process_id < num_processes, got {numbers}.")
+
+
 def check(config: Config) -> None:
     """ValueError naming the option, its value and its bound, before anything is loaded or written."""
     for name in ("epochs", "seeds", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected {name} >= 1, got {name}={value}.")
-    if config.process_id is not None and not 0 <= config.process_id < (config.num_processes or 1):
-        numbers = f"process_id={config.process_id} and num_processes={config.num_processes}"
-        raise ValueError(f"Expected 0 <= process_id < num_processes, got {numbers}.")
+    check_cluster(config)
     if config.seed < 0:
         raise ValueError(f"Expected seed >= 0, got seed={config.seed}.")
     if not config.learning_rate > 0:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,25 +20,66 @@ from experiments.configs import Cluster
 
 # When a process has not answered for so long, the others end.
 _SECONDS = 20
+# The options of a process, as JSON, are shorter than this.
+_MOST_BYTES = 8192
 
 
 def start(cluster: Cluster) -> None:
     """Join the other processes: those that the options tell of, or that the environment does.
 
     Raises:
-        ValueError: Some of the three options are given, but not all.
+        ValueError: The port is taken on this machine, or processes were given different options.
     """
-    given = [cluster.coordinator, cluster.num_processes, cluster.process_id]
-    if any(value is not None for value in given) and any(value is None for value in given):
-        raise ValueError("Expected coordinator, num_processes and process_id together, got only some of them.")
     if cluster.coordinator is None and not _told_by_environment():
         return
+    if cluster.coordinator is not None:
+        _require_free_port(cluster)
+        print(
+            f"Process {cluster.process_id} waits for {cluster.num_processes} processes to meet at "
+            f"{cluster.coordinator}, for up to {cluster.wait} s. JAX aborts it where one does not come, or two have "
+            "the same process_id.",
+            file=sys.stderr,
+            flush=True,
+        )
+    # JAX would catch SIGTERM to save checkpoints by; nothing here asks for that, and the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.num_processes,
         cluster.process_id,
+        initialization_timeout=cluster.wait,
         heartbeat_timeout_seconds=_SECONDS,
     )
+    require_same_options(cluster)
+
+
+def _require_free_port(cluster: Cluster) -> None:
+    """ValueError where process 0 could not listen: without this it would wait for the others in vain."""
+    if cluster.process_id != 0 or cluster.coordinator is None:
+        return
+    port = int(cluster.coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(f"Expected a free port for coordinator, got {cluster.coordinator}: {error}.") from None
+
+
+def require_same_options(config: Any) -> None:
+    """ValueError, in every process, where processes were given different options: they would run on, each its own way.
+
+    What may differ between machines, folders and the number of the process, is left out.
+    """
+    mine = {"experiment": type(config).__name__, **dataclasses.asdict(config)}
+    own = {field.name for field in dataclasses.fields(Cluster)} | {"out", "data_dir"}
+    text = json.dumps({name: value for name, value in mine.items() if name not in own}).encode()
+    padded = np.frombuffer(text.ljust(_MOST_BYTES), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, _MOST_BYTES)
+    first, *others = [json.loads(row.tobytes()) for row in rows]
+    for process, other in enumerate(others, 1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                values = f"{name}={first.get(name)} in process 0 and {name}={other.get(name)} in process {process}"
+                raise ValueError(f"Expected the same options in all processes, got {values}.")
 
 
 def _told_by_environment() -> bool:
@@ -54,10 +97,12 @@ def exit_with(main: Callable[[], int]) -> None:
     """
     try:
         status = main()
-    except Exception:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            print("Where this is about a connection, another process has ended: its output says why.", file=sys.stderr)
         status = 1
     if status and jax.process_count() > 1:
         sys.stdout.flush()

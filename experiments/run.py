@@ -53,7 +53,8 @@ def new_folder(out: Path | None, name: str) -> Path:
         now = datetime.datetime.now(datetime.UTC)
         return Path("runs") / f"{name}-{now:%Y%m%d-%H%M%S}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"Expected out to be a new or empty folder, got out={out}, which holds something.")
+        what = "which holds something" if out.is_dir() else "which is a file"
+        raise FileExistsError(f"Expected out to be a new or empty folder, got out={out}, {what}.")
     return out
 
 

@@ -220,3 +220,30 @@ def test_outside_of_a_map_it_says_so():
     transform = cg.across_devices(cg.median(), "data")
     with pytest.raises(ValueError, match=r"Expected a shard_map or pmap over axis_name='data' around across_devices"):
         transform.update(jnp.ones(3), transform.init(None))
+
+
+def test_another_axis_is_named_and_what_is_there_instead():
+    transform = cg.across_devices(cg.median(), "batch")
+    mapped = jax.shard_map(
+        lambda g: transform.update(g, transform.init(None))[0], mesh=_mesh(4), in_specs=P("data"), out_specs=P("data")
+    )
+    with pytest.raises(ValueError, match=r"over axis_name='batch' around across_devices, got axes 'data'\."):
+        jax.jit(mapped)(jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda rule: cg.across_devices(rule, "data"), cg.stacked, lambda rule: cg.rolling(rule, 3)]
+)
+def test_what_is_no_rule_is_refused(make):
+    with pytest.raises(TypeError, match=r"Expected a rule, as cg_jax\.median\(…\) makes it, got cg_jax\.median itself"):
+        make(cg.median)
+    with pytest.raises(TypeError, match=r"Expected rule to be a function, got str"):
+        make("median")
+    transform = make(lambda values: values.mean())
+
+    def update(grads):
+        return transform.update(grads[0], transform.init(grads[0]))[0]
+
+    mapped = jax.shard_map(update, mesh=_mesh(2), in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    with pytest.raises(ValueError, match=r"Expected a coordinate-wise rule, .* got one that makes shape \[\] of \["):
+        jax.jit(mapped)(jnp.ones((2, 3, 4)))

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -81,13 +82,17 @@ def test_two_processes_measure_what_one_does_and_the_first_writes(told, alone, t
     assert "step" not in outs[1][1]  # no bar
 
 
+def _wait_for_rows(out):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(_rows(out)) > 1):
+        time.sleep(0.2)
+
+
 def test_where_the_writing_process_dies_the_other_ends(tmp_path):
     out, port = tmp_path / "out", free_port()
     commands = [_command(out, "--epochs", 5000, *_cluster(port, p)) for p in range(2)]
     with running(commands, [ON_ONE_CPU] * 2) as started:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(_rows(out)) > 1):
-            time.sleep(0.2)
+        _wait_for_rows(out)
         started[0].send_signal(signal.SIGKILL)
         start = time.monotonic()
         _, err = started[1].communicate(timeout=60)
@@ -106,11 +111,63 @@ def test_a_folder_that_holds_something_ends_all_processes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_all_three_options_or_none(capsys):
-    assert main(["noise", *SMALL, "--num-processes", "2"]) == 1
+def test_processes_that_were_told_different_things_do_not_start(tmp_path):
+    out, port = tmp_path / "out", free_port()
+    commands = [_command(out, *_cluster(port, p), "--learning-rate", 0.1 * (p + 1)) for p in range(2)]
+    with running(commands, [ON_ONE_CPU] * 2) as started:
+        errors = [worker.communicate(timeout=120)[1] for worker in started]
+        assert [worker.returncode for worker in started] == [1, 1]
+    for error in errors:
+        assert "got learning_rate=0.1 in process 0 and learning_rate=0.2 in process 1" in error
+    assert not out.exists()
+
+
+def test_a_port_that_is_taken_or_a_process_that_does_not_come_is_an_error(tmp_path):
+    with socket.create_server(("", 0)) as taken, socket.create_server(("", 0)) as other:
+        port, free = taken.getsockname()[1], other.getsockname()[1]
+        other.close()
+        commands = [_command(tmp_path / "out", *_cluster(each, 0), "--wait", 4) for each in (port, free)]
+        with running(commands, [ON_ONE_CPU] * 2) as started:
+            errors = [worker.communicate(timeout=60)[1] for worker in started]
+            assert all(worker.returncode for worker in started)
+    assert f"Expected a free port for coordinator, got 127.0.0.1:{port}" in errors[0]
+    assert f"waits for 2 processes to meet at 127.0.0.1:{free}, for up to 4 s" in errors[1]
+
+
+def test_sigterm_ends_all_processes(tmp_path):
+    out, port = tmp_path / "out", free_port()
+    commands = [_command(out, "--epochs", 5000, *_cluster(port, p)) for p in range(2)]
+    with running(commands, [ON_ONE_CPU] * 2) as started:
+        _wait_for_rows(out)
+        started[1].send_signal(signal.SIGTERM)
+        started[1].communicate(timeout=30)
+        start = time.monotonic()
+        started[0].communicate(timeout=60)
+        assert time.monotonic() - start < 30
+        assert all(worker.returncode for worker in started)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_processes": 2}, r"together, got no coordinator and no process_id"),
+        ({"coordinator": "a:1", "num_processes": 2}, r"together, got no process_id"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, r"as HOST:PORT, got coordinator=a"),
+        ({"coordinator": ":1", "num_processes": 2, "process_id": 0}, r"as HOST:PORT, got coordinator=:1"),
+        ({"coordinator": "a:b", "num_processes": 2, "process_id": 0}, r"as HOST:PORT, got coordinator=a:b"),
+        ({"coordinator": "a:1", "num_processes": 0, "process_id": 0}, r"num_processes >= 1, got num_processes=0"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, r"process_id < num_processes, got process_id=2"),
+        ({"wait": 0}, r"Expected wait >= 1, got wait=0"),
+    ],
+)
+def test_what_tells_of_other_processes_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        configs.check(configs.NoiseConfig(**options))
+
+
+def test_a_wrong_cluster_is_one_line_on_the_terminal(capsys):
+    assert main(["demo", "--num-processes", "2"]) == 1
     assert "Expected coordinator, num_processes and process_id together" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"Expected 0 <= process_id < num_processes, got process_id=2"):
-        configs.check(configs.NoiseConfig(coordinator="a:1", num_processes=2, process_id=2))
 
 
 @pytest.mark.parametrize(

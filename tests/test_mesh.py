@@ -1,5 +1,6 @@
 """A measurement on a mesh: the same numbers as on one device, and what moves between devices."""
 
+import contextlib
 import functools
 
 import jax
@@ -246,6 +247,74 @@ def test_the_axis_of_the_examples_is_named_or_plain():
     want = cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16)
     _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh, data_axis="replica"), want)
     _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=_mesh(8, names=("any",))), want)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"mesh": "all"}, TypeError, r"Expected mesh to be a jax\.sharding\.Mesh or None, got str"),
+        ({"data_axis": "data"}, ValueError, r"Expected data_axis with mesh, got data_axis='data'"),
+        (
+            {"mesh": _mesh(8), "data_axis": ("data",)},
+            ValueError,
+            r"data_axis to be the name of one axis, got .*\('data',",
+        ),
+    ],
+)
+def test_what_is_no_mesh_or_no_axis_is_refused(options, kind, message):
+    with pytest.raises(kind, match=message):
+        cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, **options)
+
+
+def test_inside_a_traced_function_it_says_what_to_take():
+    measured = functools.partial(cg.measure_coherence, loss_fn, batch_size=16)
+    with pytest.raises(TypeError, match=r"outside of jit, vmap and shard_map.* take coherence\(grad_moments"):
+        jax.jit(measured)(_params(), _data(64))
+    with pytest.raises(TypeError, match=r"outside of jit"):
+        jax.jit(lambda data: measured(_params(), data))(_data(64))
+
+
+@pytest.mark.parametrize("how", ["eager", "jit", "jit of a mesh that is set"])
+@pytest.mark.parametrize("divided", [False, True])
+def test_functions_of_a_batch_take_arrays_of_an_explicit_mesh(how, divided):
+    mesh, params, data = _mesh(2, 4, kind=AxisType.Explicit), _params(), _data(24)
+    specs = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", "data"), "b2": P()} if divided else P()
+    like = specs if divided else dict.fromkeys(params, P())
+    there = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    batch = jax.device_put(data, NamedSharding(mesh, P("data")))
+    mask = jax.device_put(np.arange(24) % 5 > 0, NamedSharding(mesh, P("data")))
+    by_row = {
+        "w1": P("data", None, "model"),
+        "b1": P("data", "model"),
+        "w2": P("data", "model", None),
+        "b2": P("data"),
+    }
+    functions = {
+        "moments": (cg.grad_moments(loss_fn), (mask,), cg.GradMoments(P(), P(), like, dict.fromkeys(like, P()))),
+        "vmap": (cg.grad_moments(loss_fn, method="vmap"), (), cg.GradMoments(P(), P(), like, dict.fromkeys(like, P()))),
+        "norms": (cg.per_example_sq_norms(loss_fn), (), dict.fromkeys(like, P("data"))),
+        "grads": (cg.per_example_grads(loss_fn), (), by_row if divided else dict.fromkeys(like, P("data"))),
+        "alignments": (cg.alignments(loss_fn), (there,), P("data")),
+        "micro": (cg.micro_batch_grads(loss_fn, 3), (), None),
+    }
+    for name, (function, more, specs) in functions.items():
+        want = function(params, data, *jax.tree.map(np.asarray, more))
+        with jax.set_mesh(mesh) if how == "jit of a mesh that is set" else contextlib.nullcontext():
+            got = (function if how == "eager" else jax.jit(function))(there, batch, *more)
+        for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(leaf, wanted, rtol=2e-5, atol=1e-6, err_msg=name)
+        for leaf, spec in zip(jax.tree.leaves(got), jax.tree.leaves(specs), strict=False):
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), (name, leaf.sharding, spec)
+
+
+def test_a_measurement_without_a_mesh_takes_arrays_of_an_explicit_one():
+    mesh, params, data = _mesh(8, kind=AxisType.Explicit), _params(), _data(72)
+    there = jax.device_put(params, NamedSharding(mesh, P())), jax.device_put(data, NamedSharding(mesh, P("data")))
+    want = cg.measure_coherence(loss_fn, params, data, batch_size=16)
+    _same(cg.measure_coherence(loss_fn, *there, batch_size=16), want)
+    with jax.set_mesh(mesh):
+        _same(cg.measure_coherence(loss_fn, *there, batch_size=16), want)
+        _same(cg.measure_coherence(loss_fn, *there, batch_size=16, mesh=mesh), want)
 
 
 def test_a_loss_with_a_loop_and_integer_parameters_on_a_mesh():

@@ -22,6 +22,14 @@ def workers(number, **environment):
     return running(commands, [environment] * number)
 
 
+# What is said where processes disagree: by all of them, or by process 1 and by process 0.
+_DISAGREE = {
+    "disagreement": ("Expected the same in every process, got batch_size=", None),
+    "other rows": ("Expected the same in every process, got batch_size=16 and rows of ('float32[", None),
+    "no data": ("got an empty data", "got an error in process 1; it says why"),
+}
+
+
 @pytest.fixture(scope="module")
 def alone():
     return _found(1)
@@ -30,6 +38,11 @@ def alone():
 def _found(number):
     with workers(number) as started:
         found = [json.loads(out.splitlines()[-1]) for out, _ in outputs(started)]
+    for name, (message, elsewhere) in _DISAGREE.items():
+        said = [each.pop(name) for each in found]
+        if number > 1:
+            assert message in said[0 if elsewhere is None else 1]
+            assert (elsewhere or message) in said[0]
     assert all(each == found[0] for each in found), "every process is told the same"
     return found[0]
 

@@ -45,8 +45,8 @@ def measurements(number, process):
     def own(data):
         return jax.tree.map(lambda leaf: leaf[process::number], data)
 
-    def measure(data, params=params, loss=loss_fn, **more):
-        return cg.measure_coherence(loss, params, data, batch_size=BATCH, mesh=mesh, **more)
+    def measure(data, params=params, loss=loss_fn, batch_size=BATCH, **more):
+        return cg.measure_coherence(loss, params, data, batch_size=batch_size, mesh=mesh, **more)
 
     yield "arrays", measure(own(data))
     yield "jackknife", measure(own(data), confidence=True)
@@ -69,6 +69,18 @@ def measurements(number, process):
         measure(own(spoilt))
     except FloatingPointError as error:
         yield "error", error
+    yield "disagreement", _error(lambda: measure(own(data), batch_size=BATCH * (1 + process)))
+    yield "other rows", _error(lambda: measure(own((data[0][:, : 20 - process], data[1]))))
+    yield "no data", _error(lambda: measure(own(data) if process == 0 else (data[0][:0], data[1][:0])))
+    yield "still there", measure(own(data))
+
+
+def _error(call):
+    try:
+        call()
+    except ValueError as error:
+        return error
+    return ValueError("none")
 
 
 def main():
