@@ -24,6 +24,7 @@ bench: .venv/stamp
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
 	$(BIN)/python -m benchmarks.aggregate --out benchmarks/results/aggregate.json
 	$(BIN)/python -m benchmarks.scaling --out benchmarks/results/scaling.json
+	$(BIN)/python -m benchmarks.kills --out benchmarks/results/kills.json
 	$(BIN)/python -m benchmarks.figures
 
 # Where there is an NVIDIA GPU, JAX's plugin for it goes in too.

@@ -8,8 +8,7 @@ import tyro
 
 from experiments import coherence, devices, noise, report
 from experiments.configs import CoherenceConfig, Config, DemoConfig, NoiseConfig, check, check_cluster
-from experiments.run import RunFolder, new_folder, write_json
-from experiments.run import environment as environment_of
+from experiments.run import RunFolder, environment, folder_for, plain, write_json
 from experiments.section import Section
 
 Choice = (
@@ -17,6 +16,8 @@ Choice = (
     | Annotated[NoiseConfig, tyro.conf.subcommand("noise")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
 )
+
+_INTERRUPTED = 130  # the status of what was ended by Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,18 +31,21 @@ def main(arguments: list[str] | None = None) -> int:
         devices.start(config)
         name = {CoherenceConfig: "coherence", NoiseConfig: "noise", DemoConfig: "demo"}[type(config)]
         return run(config, parts, _folder(config, name), title=f"cg_jax: {name}")
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 
 def _folder(config: Any, name: str) -> Path:
-    """The folder for the results, which the first process alone has to find new."""
+    """The folder for the results, which the first process alone looks at."""
     out, error = Path(name), None
     if devices.writes():
         try:
-            out = new_folder(config.out, name)
-        except FileExistsError as found:
+            out = folder_for(config.out, name, config)
+            if isinstance(config, DemoConfig):  # the folders of its parts have their own
+                write_json(out / "config.json", plain(config))
+                write_json(out / "env.json", environment(config))
+        except (ValueError, OSError) as found:
             error = found
     devices.agreed(error)
     return out
@@ -63,12 +67,11 @@ def run(config: Any, parts: tuple[Config, ...], out: Path, title: str) -> int:
         if status:
             break
     if devices.writes():
-        if len(parts) > 1:
-            write_json(out / "config.json", {"seeds": config.seeds, "epochs": config.epochs, "width": config.width})
-            write_json(out / "env.json", environment_of(config))
         report.write(out, title, done, complete=not status)
         report.print_summary([section for _, section in done])
         print(f"\nReport: {out / 'report.html'}")
+        if status == _INTERRUPTED:
+            print(f"The same command with --out {out} goes on where it stopped.")
     return status
 
 
@@ -79,7 +82,7 @@ def _measure(module: Any, part: Config, folder: RunFolder) -> int:
     except KeyboardInterrupt:
         if devices.writes():
             print("Interrupted: the report is of what was measured until now.", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except FloatingPointError as error:
         print(f"Training diverged: {error}", file=sys.stderr)
         return 1

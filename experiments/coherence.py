@@ -3,17 +3,14 @@
 import itertools
 from typing import Any
 
-import jax
+import flax.linen as nn
 import numpy as np
-from tqdm.auto import tqdm
 
-import cg_jax as cg
-from experiments import data, figures, models
+from experiments import figures, loop
 from experiments.configs import CoherenceConfig
-from experiments.devices import devices, writes
 from experiments.run import RunFolder
 from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
-from experiments.train import Keys, epoch_rows, predict, steps_per_epoch, trainer
+from experiments.source import Examples
 
 LABELS = {"real": "real labels", "random": "random labels"}
 SAMPLES = {"train": "training sample", "test": "test sample"}
@@ -22,69 +19,35 @@ _LOSSES = (2.25, 2.2, 2.1, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.1, 0.05
 
 
 def measure(config: CoherenceConfig, folder: RunFolder) -> None:
-    """Train on real and on random labels, seed by seed, and measure at each checkpoint."""
-    dataset = data.load(config.data, folder=config.data_dir, num_train=config.num_train, num_test=config.num_test)
-    model = models.build(config.model, config.width, config.depth, dataset.num_classes)
-    for seed in range(config.seed, config.seed + config.seeds):
-        for labels in LABELS:
-            _train(config, folder, dataset, model, labels, seed)
+    """Train on real and on random labels, seed by seed, and measure on the way."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    loop.run(config, folder, [_training(labels, seed) for seed in seeds for labels in LABELS])
 
 
-def checkpoints(steps: int, epochs: int, every: int) -> list[int]:
-    """Steps to measure at: 0, a logarithmic grid in the first epoch, then every so many epochs."""
-    first = np.unique(np.round(np.geomspace(1, steps, min(steps, 9))).astype(int)).tolist()
-    return sorted({0, *first, *(steps * epoch for epoch in range(1 + every, epochs, every)), steps * epochs})
-
-
-def _train(
-    config: CoherenceConfig, folder: RunFolder, dataset: data.Dataset, model: Any, labels: str, seed: int
-) -> None:
-    keys, size = Keys.of(seed), len(dataset.train_labels)
+def _training(labels: str, seed: int) -> loop.Training:
     share = 1.0 if labels == "random" else 0.0
-    train = (dataset.train_images, data.corrupt(keys.noise, dataset.train_labels, share, dataset.num_classes))
-    test = (dataset.test_images, data.corrupt(keys.test_noise, dataset.test_labels, share, dataset.num_classes))
-    method = trainer(model, "sgd", config.learning_rate, config.batch_size)
-    state = devices().replicate(jax.device_get(method.init(keys.init, train[0])))
-    train, test = devices().replicate((train, test))
-    per_epoch = steps_per_epoch(size, method.rows_per_step, config.batch_size)
-    wanted = checkpoints(per_epoch, config.epochs, config.per_epoch)
-    step = 0
-
-    with tqdm(
-        total=config.epochs * per_epoch, desc=f"coherence · {labels} · seed {seed}", unit="step", disable=not writes()
-    ) as bar:
-
-        def note() -> None:
-            row = {"labels": labels, "seed": seed, "step": step, "epoch": step / per_epoch}
-            row |= _measurement(config, model, state.params, train, test)
-            folder.add(**row)
-            bar.set_postfix(loss=f"{row['train']['loss']:.3f}", r=f"{row['train']['r']:.1f}")
-
-        note()
-        for epoch in range(config.epochs):
-            for rows in epoch_rows(keys.order, epoch, size, method.rows_per_step, config.batch_size):
-                state = method.step(state, *train, devices().spread(rows))
-                step += 1
-                bar.update()
-                if step in wanted:
-                    note()
+    return loop.Training(
+        f"coherence · {labels} · seed {seed}",
+        {"labels": labels, "seed": seed},
+        "sgd",
+        (share, share),
+        _measurement,
+        lambda row: {"loss": f"{row['train']['loss']:.3f}", "r": f"{row['train']['r']:.1f}"},
+    )
 
 
-def _measurement(config: CoherenceConfig, model: Any, params: Any, train: Any, test: Any) -> Row:
+def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
     """Coherence and accuracy on both samples; the parts of each tensor on the training sample."""
     row: Row = {}
-    for name, sample in (("train", train), ("test", test)):
-        loss_fn, batch_size = models.loss_of(model), min(config.measure_batch_size, len(sample[1]))
-        measured = cg.measure_coherence(loss_fn, params, sample, batch_size=batch_size, mesh=devices().mesh)
-        found = jax.device_get(measured)
-        hits = predict(model, params, sample[0], config.measure_batch_size) == np.asarray(sample[1])
+    for name in SAMPLES:
+        found, seen = examples.measure(name, model, params)
         row[name] = {
             "alpha": float(found.alpha),
             "r": float(found.m_coherence),
             "alpha_unbiased": float(found.alpha_unbiased),
             "noise_scale": float(found.noise_scale),
             "loss": float(found.loss),
-            "accuracy": float(hits.mean()),
+            "accuracy": float((seen.guess == seen.labels).mean()),
             "count": int(found.count),
         }
         if name == "train":

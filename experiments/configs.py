@@ -59,8 +59,15 @@ class Config(Cluster):
     """The first seed; the others follow it."""
     measure_batch_size: int = 500
     """Examples that are evaluated at a time; does not change any result."""
+    every: int = 1
+    """Measure every so many epochs, and at the start and the end."""
+    early: int = 0
+    """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
+    save_every: int = 1000
+    """Steps between two checkpoints; a run that was stopped goes on from the last when it is started again."""
     out: Path | None = None
-    """Folder for the results, new or empty; without it, a new one in runs/."""
+    """Folder for the results: new, empty, or that of a run with the same options, which then goes on where it stopped.
+    Without it, a new one in runs/."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +79,8 @@ class CoherenceConfig(Config):
     are memorised.
     """
 
-    per_epoch: int = 1
-    """Measure every so many epochs after the first."""
+    early: int = 9
+    """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +106,8 @@ class DemoConfig(Cluster):
     width: int = 256
     """Units of each of the two hidden layers."""
     out: Path | None = None
-    """Folder for the results, new or empty; without it, a new one in runs/."""
+    """Folder for the results: new, empty, or that of a run with the same options, which then goes on where it stopped.
+    Without it, a new one in runs/."""
 
     def parts(self) -> tuple[CoherenceConfig, NoiseConfig]:
         """The two experiments that make the demo."""
@@ -131,20 +139,25 @@ def check_cluster(cluster: Cluster) -> None:
         raise ValueError(f"Expected 0 <= process_id < num_processes, got {numbers}.")
 
 
+_COUNTS = (
+    *("epochs", "seeds", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"),
+    *("every", "save_every"),
+)
+
+
 def check(config: Config) -> None:
     """ValueError naming the option, its value and its bound, before anything is loaded or written."""
-    for name in ("epochs", "seeds", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"):
+    for name in _COUNTS:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected {name} >= 1, got {name}={value}.")
     check_cluster(config)
-    if config.seed < 0:
-        raise ValueError(f"Expected seed >= 0, got seed={config.seed}.")
+    for name in ("seed", "early"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"Expected {name} >= 0, got {name}={getattr(config, name)}.")
     if not config.learning_rate > 0:
         raise ValueError(f"Expected learning_rate > 0, got learning_rate={config.learning_rate}.")
     if isinstance(config, NoiseConfig) and not 0 < config.noise < 1:
         raise ValueError(f"Expected 0 < noise < 1, got noise={config.noise}.")
-    if isinstance(config, CoherenceConfig) and config.per_epoch < 1:
-        raise ValueError(f"Expected per_epoch >= 1, got per_epoch={config.per_epoch}.")
     if config.model == "resnet" and config.depth not in (None, 8, 18):
         raise ValueError(f"Expected depth in (8, 18) for resnet, got depth={config.depth}.")

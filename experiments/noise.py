@@ -2,17 +2,15 @@
 
 from typing import Any
 
-import jax
+import flax.linen as nn
 import numpy as np
-from tqdm.auto import tqdm
 
-import cg_jax as cg
-from experiments import data, figures, models
+from experiments import figures, loop
 from experiments.configs import NoiseConfig
-from experiments.devices import devices, writes
 from experiments.run import RunFolder
 from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
-from experiments.train import METHODS, Keys, epoch_rows, predict, steps_per_epoch, trainer
+from experiments.source import Examples
+from experiments.train import METHODS
 
 # What is measured, and how it is called. Each is a share of examples.
 QUANTITIES = {
@@ -26,45 +24,28 @@ _LEARNT = 0.9
 
 
 def measure(config: NoiseConfig, folder: RunFolder) -> None:
-    """Train by every method, seed by seed, and measure after each epoch."""
-    dataset = data.load(config.data, folder=config.data_dir, num_train=config.num_train, num_test=config.num_test)
-    model = models.build(config.model, config.width, config.depth, dataset.num_classes)
-    for seed in range(config.seed, config.seed + config.seeds):
-        for method in METHODS:
-            _train(config, folder, dataset, model, method, seed)
+    """Train by every method, seed by seed, and measure on the way."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    loop.run(config, folder, [_training(method, seed, config.noise) for seed in seeds for method in METHODS])
 
 
-def _train(config: NoiseConfig, folder: RunFolder, dataset: data.Dataset, model: Any, name: str, seed: int) -> None:
-    keys, true = Keys.of(seed), dataset.train_labels
-    labels = data.corrupt(keys.noise, true, config.noise, dataset.num_classes)
-    method = trainer(model, name, config.learning_rate, config.batch_size)
-    state = devices().replicate(jax.device_get(method.init(keys.init, dataset.train_images)))
-    train, test_images = devices().replicate(((dataset.train_images, labels), dataset.test_images))
-    per_epoch = steps_per_epoch(len(true), method.rows_per_step, config.batch_size)
+def _training(method: str, seed: int, noise: float) -> loop.Training:
+    return loop.Training(
+        f"noise · {method} · seed {seed}",
+        {"method": method, "seed": seed},
+        method,
+        (noise, 0.0),
+        _measurement,
+        lambda row: {"loss": f"{row['loss']:.3f}", "r": f"{row['r']:.1f}"},
+    )
 
-    with tqdm(total=config.epochs, desc=f"noise · {name} · seed {seed}", unit="epoch", disable=not writes()) as bar:
 
-        def note(epoch: int) -> None:
-            batch_size = min(config.measure_batch_size, len(true))
-            found = cg.measure_coherence(
-                models.loss_of(model), state.params, train, batch_size=batch_size, mesh=devices().mesh
-            )
-            guess = predict(model, state.params, train[0], config.measure_batch_size)
-            right = float(
-                (predict(model, state.params, test_images, config.measure_batch_size) == dataset.test_labels).mean()
-            )
-            row = {"method": name, "seed": seed, "step": epoch * per_epoch, "epoch": float(epoch), "test": right}
-            row |= _shares(guess, labels, true) | {"loss": float(found.loss), "r": float(found.m_coherence)}
-            row["gap"] = row["train"] - right
-            folder.add(**row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", r=f"{row['r']:.1f}")
-
-        note(0)
-        for epoch in range(config.epochs):
-            for rows in epoch_rows(keys.order, epoch, len(true), method.rows_per_step, config.batch_size):
-                state = method.step(state, *train, devices().spread(rows))
-            note(epoch + 1)
-            bar.update()
+def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
+    (found, train), test = examples.measure("train", model, params), examples.guess("test", model, params)
+    row: Row = {"test": float((test.guess == test.labels).mean())}
+    row |= _shares(train.guess, train.labels, train.true)
+    row |= {"loss": float(found.loss), "r": float(found.m_coherence)}
+    return row | {"gap": row["train"] - row["test"]}
 
 
 def _shares(guess: np.ndarray, labels: np.ndarray, true: np.ndarray) -> dict[str, float]:

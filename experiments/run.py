@@ -8,11 +8,14 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from experiments.checkpoint import Checkpoints, Position
 from experiments.configs import Cluster
 from experiments.devices import writes
 
@@ -20,10 +23,11 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunFolder:
-    """A folder with config.json, env.json, metrics.jsonl and, at the end, summary.json, figures/ and report.html.
+    """A folder with config.json, env.json, metrics.jsonl, timings.jsonl, checkpoints/ and, at the end, summary.json,
+    figures/ and report.html.
 
-    Every line of metrics.jsonl is written whole, so that an interrupted run leaves valid files. Of several processes
-    only the first writes.
+    metrics.jsonl holds no clock value: a run that was killed and goes on writes the file that it would have written.
+    Every line is written whole. Of several processes only the first writes.
     """
 
     def __init__(self, path: Path, config: Any) -> None:
@@ -35,27 +39,61 @@ class RunFolder:
             return
         self.figures.mkdir(parents=True, exist_ok=True)
         self._metrics.touch()
-        write_json(path / "config.json", _plain(config))
+        write_json(path / "config.json", plain(config))
         write_json(path / "env.json", environment(config))
+        self._checkpoints = Checkpoints(path / "checkpoints")
 
     def add(self, **row: Any) -> None:
         """Append one measurement."""
         self.rows.append(row)
-        if not writes():
-            return
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        if writes():
+            _append(self._metrics, row)
+
+    def time(self, **row: Any) -> None:
+        """Append how long it took until now."""
+        if writes():
+            _append(self.path / "timings.jsonl", row)
+
+    def save(self, position: Position, state: Any) -> None:
+        """Write a checkpoint of `state` and of the metrics until now."""
+        if writes():
+            self._checkpoints.save(position._replace(metrics_bytes=self._metrics.stat().st_size), state)
+
+    def restore(self) -> tuple[Position, list[np.ndarray]] | None:
+        """(how far the last checkpoint is, the leaves of its state), metrics.jsonl cut back to it."""
+        found = self._checkpoints.restore(self._metrics.stat().st_size)
+        os.truncate(self._metrics, found[0].metrics_bytes if found else 0)
+        self.rows = [json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines()]
+        if found and found[0].step >= 0:
+            print(f"Going on from step {found[0].step} of training {found[0].part + 1}.", file=sys.stderr)
+        return found
 
 
-def new_folder(out: Path | None, name: str) -> Path:
-    """The folder to write to; FileExistsError if it holds something already."""
+def folder_for(out: Path | None, name: str, config: Any) -> Path:
+    """The folder to write to: new, empty, or that of an earlier run of the same config, which will be gone on with.
+
+    Raises:
+        FileExistsError: It holds something else.
+        ValueError: It holds a run of another config.
+    """
     if out is None:
         now = datetime.datetime.now(datetime.UTC)
         return Path("runs") / f"{name}-{now:%Y%m%d-%H%M%S}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "which holds something" if out.is_dir() else "which is a file"
-        raise FileExistsError(f"Expected out to be a new or empty folder, got out={out}, {what}.")
+    if (out / "config.json").is_file():
+        old, new = json.loads((out / "config.json").read_text(encoding="utf-8")), plain(config)
+        for key in new | old:
+            if old.get(key) != new.get(key):
+                change = f"{key}={new.get(key)} where it was begun with {key}={old.get(key)}"
+                raise ValueError(f"Expected the options that the run in out={out} was begun with, got {change}.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "which holds something else" if out.is_dir() else "which is a file"
+        raise FileExistsError(f"Expected out to be a new or empty folder, or that of a run, got out={out}, {what}.")
     return out
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,10 +110,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    here = {field.name for field in dataclasses.fields(Cluster)}  # not what is measured, but on which machines
+def plain(config: Any) -> dict[str, Any]:
+    """What config.json holds: what is measured."""
+    # Not what is measured, but on which machines and where to.
+    here = {field.name for field in dataclasses.fields(Cluster)} | {"out"}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in here}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    found = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    return {"experiment": type(config).__name__.removesuffix("Config").lower()} | found
 
 
 def environment(config: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Training by any of the methods that the experiments compare."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Trainer(NamedTuple):
     """One method's way to train one model."""
 
     init: Callable[[jax.Array, Any], State]  # (key, images) → state
-    step: Callable[..., State]  # (state, images, labels, rows) → state; jitted, the state donated
+    step: Callable[..., State]  # (state, images, labels, rows or None for all) → state; jitted, the state donated
     rows_per_step: int
 
 
@@ -77,8 +78,9 @@ def trainer(model: nn.Module, method: str, learning_rate: float, batch_size: int
             return cg.micro_batch_grads(loss_fn, groups)(params, batch)
         return jax.grad(lambda p: jax.vmap(loss_fn, in_axes=(None, 0))(p, batch).mean())(params)
 
-    def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array) -> State:
-        grads = gradient(state.params, (images[rows], labels[rows]))
+    def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array | None) -> State:
+        batch = (images, labels) if rows is None else (images[rows], labels[rows])
+        grads = gradient(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), opt_state)
 
@@ -97,6 +99,16 @@ def epoch_rows(
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))
     for step in range(steps_per_epoch(num_examples, rows_per_step, batch_size)):
         yield order[step * rows_per_step : (step + 1) * rows_per_step]
+
+
+def rows_from(
+    key: jax.Array, step: int, num_examples: int, rows_per_step: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """The rows of each step, from `step` of a training on, without end."""
+    epoch, skipped = divmod(step, steps_per_epoch(num_examples, rows_per_step, batch_size))
+    yield from itertools.islice(epoch_rows(key, epoch, num_examples, rows_per_step, batch_size), skipped, None)
+    for later in itertools.count(epoch + 1):
+        yield from epoch_rows(key, later, num_examples, rows_per_step, batch_size)
 
 
 def predict(model: nn.Module, params: Any, images: jax.Array, batch_size: int) -> np.ndarray:

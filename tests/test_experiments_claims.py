@@ -5,6 +5,7 @@ import pytest
 
 from experiments import coherence, noise
 from experiments.configs import CoherenceConfig, NoiseConfig, check
+from experiments.loop import measured_at
 from experiments.section import curve, spread, with_spread
 from experiments.train import METHODS
 
@@ -115,7 +116,7 @@ def test_spread_over_seeds():
     ("config", "message"),
     [
         (CoherenceConfig(epochs=0), r"Expected epochs >= 1, got epochs=0"),
-        (CoherenceConfig(per_epoch=0), r"Expected per_epoch >= 1"),
+        (CoherenceConfig(every=0), r"Expected every >= 1"),
         (CoherenceConfig(learning_rate=0.0), r"Expected learning_rate > 0"),
         (CoherenceConfig(seed=-1), r"Expected seed >= 0"),
         (CoherenceConfig(model="resnet", depth=9), r"Expected depth in \(8, 18\)"),
@@ -127,8 +128,11 @@ def test_bad_options_are_named(config, message):
         check(config)
 
 
-def test_checkpoints_are_logarithmic_in_the_first_epoch_then_one_an_epoch():
-    steps = coherence.checkpoints(78, 4, 1)
+def test_measurements_are_logarithmic_in_the_first_epoch_then_one_every_so_many():
+    steps = measured_at(78, CoherenceConfig(epochs=4))
     assert steps[:4] == [0, 1, 2, 3]
     assert steps[-4:] == [78, 156, 234, 312]
-    assert coherence.checkpoints(78, 4, 2)[-2:] == [234, 312]
+    assert measured_at(78, CoherenceConfig(epochs=4, every=3))[-3:] == [78, 234, 312]
+    assert measured_at(78, NoiseConfig(epochs=4)) == [0, 78, 156, 234, 312]
+    assert measured_at(78, NoiseConfig(epochs=4, every=3)) == [0, 234, 312]
+    assert measured_at(3, CoherenceConfig(epochs=1)) == [0, 1, 2, 3]

@@ -87,11 +87,12 @@ def test_interrupting_leaves_valid_files(tmp_path):
     while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(_whole_lines(out)) > 3):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len(_rows(out)) > 3
     assert json.loads((out / "summary.json").read_text())["complete"] is False
     assert "interrupted" in (out / "report.html").read_text()
+    assert f"The same command with --out {out} goes on where it stopped." in said.decode()
 
 
 def _whole_lines(out):

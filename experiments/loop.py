@@ -1,0 +1,139 @@
+"""The loop of all experiments: train, measure when it is to be measured, save, and go on where it stopped."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm.auto import tqdm
+
+from experiments import models, source
+from experiments.checkpoint import Position
+from experiments.configs import Config
+from experiments.devices import devices, writes
+from experiments.run import RunFolder
+from experiments.section import Row
+from experiments.train import Keys, State, steps_per_epoch, trainer
+
+
+class Training(NamedTuple):
+    """One training of the several that a run consists of."""
+
+    title: str
+    marks: dict[str, Any]  # what its rows are told apart by; the seed is one of them
+    method: str
+    noise: tuple[float, float]  # shares of the labels of the training and the test sample that are redrawn
+    measure: Callable[[source.Examples, nn.Module, Any], Row]  # of parameters
+    shown: Callable[[Row], dict[str, str]]  # beside the bar
+
+
+class Clock:
+    """Seconds spent, by what for; adds to the dictionary that it is given."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        for what in ("training", "measuring", "saving"):
+            seconds.setdefault(what, 0.0)
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """While it is open, time is spent on `what`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        shares = ", ".join(f"{what} {100 * spent / max(total, 1e-9):.0f}%" for what, spent in self.seconds.items())
+        return f"{total:,.0f} s: {shares}"
+
+
+def measured_at(per_epoch: int, config: Config) -> list[int]:
+    """Steps to measure at: 0, a logarithmic grid in the first epoch, then every so many epochs, and the last."""
+    grid = np.geomspace(1, per_epoch, min(per_epoch, config.early)) if config.early else np.zeros(1)
+    epochs = range(0, config.epochs, config.every)
+    return sorted({*np.round(grid).astype(int).tolist(), *(per_epoch * e for e in epochs), per_epoch * config.epochs})
+
+
+def run(config: Config, folder: RunFolder, trainings: Sequence[Training]) -> None:
+    """All trainings, one after another, from where the folder's last checkpoint stands."""
+    position, leaves = _position(folder)
+    clock = Clock(position.seconds)
+    found = source.load(config)
+    model = models.build(config.model, config.width, config.depth, found.num_classes)
+    for part, training in enumerate(trainings[position.part :], position.part):
+        step = position.step if part == position.part else -1
+        _train(config, folder, found, model, training, Position(part, step, 0, clock.seconds), leaves)
+        leaves = None
+    if writes():
+        print(f"\nTime of {folder.path.name}: {clock}.")
+
+
+def _position(folder: RunFolder) -> tuple[Position, list[np.ndarray] | None]:
+    """Where to begin, which the first process knows, and its state; the others know how far, and no leaves."""
+    found = folder.restore() if writes() else None
+    position, leaves = found or (Position(0, -1, 0, {}), None)
+    if jax.process_count() > 1:
+        part, step = multihost_utils.broadcast_one_to_all(np.array(position[:2], np.int32))
+        position = position._replace(part=int(part), step=int(step))
+    return position, leaves
+
+
+def _filled(state: Any, leaves: list[np.ndarray] | None) -> Any:
+    """The state that the leaves of a checkpoint are of; where there are several processes, those of the first."""
+    like, structure = jax.tree.flatten(jax.device_get(state))
+    kept = like if leaves is None else leaves
+    if jax.process_count() > 1:
+        kept = multihost_utils.broadcast_one_to_all(kept)
+    return jax.tree.unflatten(structure, kept)
+
+
+def _train(
+    config: Config,
+    folder: RunFolder,
+    found: source.Source,
+    model: nn.Module,
+    training: Training,
+    start: Position,
+    leaves: list[np.ndarray] | None,
+) -> None:
+    """One training, of which `start.step` steps are done."""
+    keys = Keys.of(training.marks["seed"])
+    method = trainer(model, training.method, config.learning_rate, config.batch_size)
+    per_epoch = steps_per_epoch(found.num_train, method.rows_per_step, config.batch_size)
+    wanted, clock, done = measured_at(per_epoch, config), Clock(start.seconds), max(start.step, 0)
+    examples = found.noisy(keys, *training.noise)
+    state = jax.device_get(method.init(keys.init, examples.first))
+    state: State = devices().replicate(state if start.step < 0 else _filled(state, leaves))
+
+    def note(step: int) -> None:
+        with clock.on("training"):
+            jax.block_until_ready(state)
+        with clock.on("measuring"):
+            row = training.marks | {"step": step, "epoch": step / per_epoch}
+            row |= training.measure(examples, model, state.params)
+        folder.add(**row)
+        folder.time(**training.marks, step=step, **clock.seconds)
+        bar.set_postfix(training.shown(row))
+
+    def save(step: int) -> None:
+        with clock.on("saving"):
+            folder.save(start._replace(step=step, seconds=clock.seconds), state)
+
+    batches = examples.batches(done, method.rows_per_step)
+    with tqdm(total=wanted[-1], initial=done, desc=training.title, unit="step", disable=not writes()) as bar:
+        if start.step < 0:
+            save(-1)  # what cannot be written is known before anything is computed
+            note(0)
+        for step in range(done + 1, wanted[-1] + 1):
+            with clock.on("training"):
+                state = method.step(state, *next(batches))
+            bar.update()
+            if step in wanted:
+                note(step)
+            if step % config.save_every == 0 or step == wanted[-1]:
+                save(step)
