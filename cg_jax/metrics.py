@@ -111,12 +111,13 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
     names = trees.paths(moments.sum_grads)
     squares = jax.tree.leaves(trees.sq_norms(moments.sum_grads))
     norms = jax.tree.leaves(moments.sum_sq_norms)
-    sq_norm_sum, sum_sq_norms = trees.total(squares), trees.total(norms)
-    whole = _ratios(sq_norm_sum, sum_sq_norms, count, jnp.ones_like(sum_sq_norms))
-    per_tensor = {
-        name: _ratios(square, norm, count, norm / sum_sq_norms)
-        for name, square, norm in zip(names, squares, norms, strict=True)
-    }
+    # The whole and the tensors in one vector: as scalars of their own, those of a deep network take minutes to compile.
+    squares, norms = (jnp.stack(leaves) for leaves in (squares, norms))
+    squares, norms = (jnp.append(values.sum(), values) for values in (squares, norms))
+    ratios = jax.lax.optimization_barrier(_ratios(squares, norms, count, norms / norms[0]))
+    whole, *parts = zip(*ratios, strict=True)
+    whole, *parts = (Ratios(*values) for values in (whole, *parts))
+    per_tensor = dict(zip(names, parts, strict=True))
     fields = whole._asdict()
     del fields["share"]
     return Coherence(

@@ -214,3 +214,13 @@ def test_records_are_frozen_pytrees_that_survive_jit():
         result.alpha = 0  # pyright: ignore[reportAttributeAccessIssue]
     assert float(jax.tree.map(lambda x: 2 * x, result).alpha) == 2 * float(result.alpha)
     assert "α=1" in str(result)
+
+
+def test_the_program_grows_in_proportion_to_the_tensors():
+    """As scalars of their own the ratios of each held the sums of all: a deep network took minutes to compile."""
+
+    def instructions(tensors):
+        moments = cg.GradMoments.zeros({str(i): jnp.zeros(3) for i in range(tensors)})
+        return jax.jit(cg.coherence).lower(moments).compile().as_text().count(" = ")
+
+    assert instructions(120) < 5 * instructions(30)
