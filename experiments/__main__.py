@@ -1,5 +1,6 @@
 """`python -m experiments <name> [options]`: run an experiment and write its folder."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,17 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import coherence, devices, noise, report
-from experiments.configs import CoherenceConfig, Config, DemoConfig, NoiseConfig, check, check_cluster
+from experiments.configs import (
+    CoherenceConfig,
+    Config,
+    DemoConfig,
+    ImageNetCoherenceConfig,
+    ImageNetNoiseConfig,
+    NoiseConfig,
+    check,
+    check_cluster,
+    smoked,
+)
 from experiments.run import RunFolder, environment, folder_for, plain, write_json
 from experiments.section import Section
 
@@ -15,8 +26,11 @@ Choice = (
     Annotated[CoherenceConfig, tyro.conf.subcommand("coherence")]
     | Annotated[NoiseConfig, tyro.conf.subcommand("noise")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
+    | Annotated[ImageNetCoherenceConfig, tyro.conf.subcommand("imagenet-coherence")]
+    | Annotated[ImageNetNoiseConfig, tyro.conf.subcommand("imagenet-noise")]
 )
 
+_TINY_IMAGES = Path("runs") / "tiny_images"
 _INTERRUPTED = 130  # the status of what was ended by Ctrl-C
 
 
@@ -24,24 +38,41 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; the exit status."""
     config: Any = tyro.cli(Choice, prog="python -m experiments", args=arguments)  # type: ignore[call-overload]
     try:
+        smoke = getattr(config, "smoke", False)
+        config = smoked(config, _TINY_IMAGES) if smoke else config
         parts = config.parts() if isinstance(config, DemoConfig) else (config,)
         check_cluster(config)
         for part in parts:
             check(part)
         devices.start(config)
-        name = {CoherenceConfig: "coherence", NoiseConfig: "noise", DemoConfig: "demo"}[type(config)]
-        return run(config, parts, _folder(config, name), title=f"cg_jax: {name}")
+        out = _folder(config)
+        if smoke:
+            _prepare_tiny_images()
+        return run(config, parts, out, title=f"cg_jax: {config.name}")
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 
-def _folder(config: Any, name: str) -> Path:
+def _prepare_tiny_images() -> None:
+    """Prepare what a smoke test reads, where it is not."""
+    error = None
+    if devices.writes() and not (_TINY_IMAGES / "tiny_images").exists():
+        command = [sys.executable, "-m", "experiments.tiny_images", str(_TINY_IMAGES.absolute())]
+        root = Path(__file__).resolve().parent.parent
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            error = FileNotFoundError(f"Expected to prepare tiny images, which needs the extra tfds, got: {lines[-1]}")
+    devices.agreed(error)
+
+
+def _folder(config: Any) -> Path:
     """The folder for the results, which the first process alone looks at."""
-    out, error = Path(name), None
+    out, error = Path(config.name), None
     if devices.writes():
         try:
-            out = folder_for(config.out, name, config)
+            out = folder_for(config.out, config)
             if isinstance(config, DemoConfig):  # the folders of its parts have their own
                 write_json(out / "config.json", plain(config))
                 write_json(out / "env.json", environment(config))

@@ -1,4 +1,8 @@
-"""Checkpoints of a run, by Orbax: all that it needs to go on as if it had never been stopped."""
+"""Checkpoints of a run, by Orbax: all that it needs to go on as if it had never been stopped.
+
+That is how far it is, the parameters with the states of optimizer and aggregation, and the length of metrics.jsonl.
+Randomness needs nothing of its own: its keys follow from the seed, the order of the examples from the step.
+"""
 
 import hashlib
 import shutil

@@ -7,7 +7,7 @@ import flax.linen as nn
 import numpy as np
 
 from experiments import figures, loop
-from experiments.configs import CoherenceConfig
+from experiments.configs import CoherenceConfig, how_measured
 from experiments.run import RunFolder
 from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
 from experiments.source import Examples
@@ -15,7 +15,30 @@ from experiments.source import Examples
 LABELS = {"real": "real labels", "random": "random labels"}
 SAMPLES = {"train": "training sample", "test": "test sample"}
 # Training losses, in nats, at which real and random labels are compared.
-_LOSSES = (2.25, 2.2, 2.1, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
+_LOSSES = (
+    6.75,
+    6.5,
+    6.0,
+    5.0,
+    4.0,
+    3.0,
+    2.5,
+    2.25,
+    2.2,
+    2.1,
+    2.0,
+    1.75,
+    1.5,
+    1.25,
+    1.0,
+    0.75,
+    0.5,
+    0.25,
+    0.1,
+    0.05,
+    0.02,
+    0.01,
+)
 
 
 def measure(config: CoherenceConfig, folder: RunFolder) -> None:
@@ -59,6 +82,7 @@ def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
                     "share": float(part.share),
                 }
                 for tensor, part in tensors
+                if not tensor.startswith("batch_stats/")
             }
     return row
 
@@ -177,11 +201,11 @@ def section(config: CoherenceConfig, folder: RunFolder) -> Section:
         figures.per_tensor(rows, folder.figures / "per_tensor.png")
         pictures = [
             Figure("coherence.png", _CAPTION.format(**counts, seeds=config.seeds)),
-            Figure("per_tensor.png", "r of each parameter tensor on the training sample, mean over seeds."),
+            Figure("per_tensor.png", "r of each parameter tensor, or module, on the training sample, mean over seeds."),
         ]
     text = tuple(
         part.format(data=config.data, model=config.model, lr=config.learning_rate, batch=config.batch_size, **counts)
-        for part in _TEXT
+        for part in (*_TEXT, how_measured(config))
     )
     return Section(
         "coherence",

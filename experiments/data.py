@@ -53,10 +53,16 @@ def corrupt(key: jax.Array, labels: np.ndarray, share: float, num_classes: int) 
     A draw may hit the true class: an example is corrupt where the label really changed, (1 − 1/num_classes) · share of
     them on average. With share = 1 the labels are random.
     """
+    drawn = redrawn(key, labels.size, share, num_classes)
+    return np.where(drawn < 0, labels, drawn)
+
+
+def redrawn(key: jax.Array, size: int, share: float, num_classes: int) -> np.ndarray:
+    """The new labels of `size` examples, [size], int32; −1 where an example keeps its own."""
     which, draw = jax.random.split(key)
-    number = round(share * labels.size)
-    rows = np.asarray(jax.random.permutation(which, labels.size))[:number]
-    out = labels.copy()
+    number = round(share * size)
+    rows = np.asarray(jax.random.permutation(which, size))[:number]
+    out = np.full(size, -1, np.int32)
     out[rows] = np.asarray(jax.random.randint(draw, (number,), 0, num_classes))
     return out
 

@@ -69,7 +69,7 @@ def require_same_options(config: Any) -> None:
 
     What may differ between machines, folders and the number of the process, is left out.
     """
-    mine = {"experiment": type(config).__name__, **dataclasses.asdict(config)}
+    mine = {"experiment": config.name, **dataclasses.asdict(config)}
     own = {field.name for field in dataclasses.fields(Cluster)} | {"out", "data_dir"}
     text = json.dumps({name: value for name, value in mine.items() if name not in own}).encode()
     padded = np.frombuffer(text.ljust(_MOST_BYTES), np.uint8)
@@ -141,6 +141,13 @@ class Devices:
         if self.mesh is None or len(rows) % self.mesh.size:
             return self.replicate(rows)
         return jax.device_put(rows, NamedSharding(self.mesh, P("data")))
+
+    def assemble(self, tree: Any) -> Any:
+        """Arrays whose rows, here those of this process, lie behind those of the processes before it; divided."""
+        if self.mesh is None or jax.process_count() == 1:
+            return jax.tree.map(self.spread, tree)
+        sharding = NamedSharding(self.mesh, P("data"))
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), tree)
 
 
 @functools.cache

@@ -22,6 +22,8 @@ _STYLE = {
     "rm3": ("tab:cyan", "RM3, rolling median"),
     "ra3": ("tab:orange", "RA3, rolling mean"),
 }
+# The most tensors that have a line each.
+_MOST_LINES = 20
 _DASHES = {"mean3": "--", "ra3": "--"}
 
 
@@ -95,8 +97,23 @@ def coherence(rows: list[Row], counts: dict[str, int], path: Path) -> None:
     _save(figure, path)
 
 
+def _by_module(row: Row) -> Row:
+    """The same with tensors of one module taken together: α = Σ share · α / Σ share."""
+    modules: dict[str, list[dict[str, float]]] = {}
+    for tensor, part in row["per_tensor"].items():
+        modules.setdefault(tensor.split("/")[0], []).append(part)
+    sums = {
+        name: (sum(part["share"] for part in parts), sum(part["share"] * part["alpha"] for part in parts))
+        for name, parts in modules.items()
+    }
+    count = row["train"]["count"]
+    return row | {"per_tensor": {name: {"r": count * top / share} for name, (share, top) in sums.items()}}
+
+
 def per_tensor(rows: list[Row], path: Path) -> None:
-    """r of every tensor against epochs, real labels beside random ones."""
+    """r of every tensor, or of every module where those are many, against epochs, real labels beside random ones."""
+    if len(rows[0]["per_tensor"]) > _MOST_LINES:
+        rows = [_by_module(row) for row in rows]
     kinds = sorted({row["labels"] for row in rows}, reverse=True)
     tensors = list(rows[0]["per_tensor"])
     figure, axes = plt.subplots(
@@ -113,7 +130,7 @@ def per_tensor(rows: list[Row], path: Path) -> None:
         _orthogonal(ax)
         ax.set_title(_STYLE[labels][1], fontsize=10)
         ax.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("m-coherence r of the tensor,\ntraining sample [examples]")
+    axes[0, 0].set_ylabel("m-coherence r of the part,\ntraining sample [examples]")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     _save(figure, path)
 
@@ -139,8 +156,9 @@ def noise(rows: list[Row], path: Path) -> None:
         if key != "loss":
             ax.yaxis.set_major_formatter(PercentFormatter(1))
         if key not in ("loss", "gap"):
-            ax.axhline(0.1, color="black", linestyle="--", linewidth=1)
-            ax.annotate("chance", (0.98, 0.11), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
+            chance = rows[0]["chance"]
+            ax.axhline(chance, color="black", linestyle="--", linewidth=1)
+            ax.annotate("chance", (0.98, chance + 0.01), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
             ax.set_ylim(0, 1.02)
     axes[0, 0].legend(fontsize=8, loc="center right")
     _save(figure, path)

@@ -11,13 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from experiments import models, source
+from experiments import arrays, models, source
 from experiments.checkpoint import Position
-from experiments.configs import Config
+from experiments.configs import TFDS, Config, how_measured
 from experiments.devices import devices, writes
 from experiments.run import RunFolder
 from experiments.section import Row
-from experiments.train import Keys, State, steps_per_epoch, trainer
+from experiments.train import EPOCH_UNIT, Keys, Recipe, State, trainer
 
 
 class Training(NamedTuple):
@@ -63,14 +63,30 @@ def run(config: Config, folder: RunFolder, trainings: Sequence[Training]) -> Non
     """All trainings, one after another, from where the folder's last checkpoint stands."""
     position, leaves = _position(folder)
     clock = Clock(position.seconds)
-    found = source.load(config)
+    found = _open(config)
+    least = EPOCH_UNIT * config.batch_size
+    if found.num_train < least:
+        what = f"{EPOCH_UNIT} mini-batches of batch_size={config.batch_size}"
+        raise ValueError(f"Expected at least {least} training examples, {what}, got {found.num_train}.")
     model = models.build(config.model, config.width, config.depth, found.num_classes)
     for part, training in enumerate(trainings[position.part :], position.part):
         step = position.step if part == position.part else -1
         _train(config, folder, found, model, training, Position(part, step, 0, clock.seconds), leaves)
         leaves = None
     if writes():
-        print(f"\nTime of {folder.path.name}: {clock}.")
+        print(f"\n{how_measured(config)}")
+        print(f"Time of {folder.path.name}: {clock}.")
+
+
+def _open(config: Config) -> source.Source:
+    """The data set that the config names."""
+    if not config.data.startswith(TFDS):
+        return arrays.InMemory(config)
+    try:
+        from experiments.images import Images
+    except ImportError as error:
+        raise FileNotFoundError(f"Expected the extra tfds to be installed, to read {config.data}: {error}") from None
+    return Images(config)
 
 
 def _position(folder: RunFolder) -> tuple[Position, list[np.ndarray] | None]:
@@ -103,9 +119,9 @@ def _train(
 ) -> None:
     """One training, of which `start.step` steps are done."""
     keys = Keys.of(training.marks["seed"])
-    method = trainer(model, training.method, config.learning_rate, config.batch_size)
-    per_epoch = steps_per_epoch(found.num_train, method.rows_per_step, config.batch_size)
-    wanted, clock, done = measured_at(per_epoch, config), Clock(start.seconds), max(start.step, 0)
+    recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at)
+    method = trainer(model, training.method, recipe, found.num_train)
+    wanted, clock, done = measured_at(method.per_epoch, config), Clock(start.seconds), max(start.step, 0)
     examples = found.noisy(keys, *training.noise)
     state = jax.device_get(method.init(keys.init, examples.first))
     state: State = devices().replicate(state if start.step < 0 else _filled(state, leaves))
@@ -114,7 +130,7 @@ def _train(
         with clock.on("training"):
             jax.block_until_ready(state)
         with clock.on("measuring"):
-            row = training.marks | {"step": step, "epoch": step / per_epoch}
+            row = training.marks | {"step": step, "epoch": step / method.per_epoch}
             row |= training.measure(examples, model, state.params)
         folder.add(**row)
         folder.time(**training.marks, step=step, **clock.seconds)

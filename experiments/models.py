@@ -1,4 +1,4 @@
-"""Small classifiers in Flax linen, and the loss of one example."""
+"""Small classifiers in Flax linen, all models by name, and their losses."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
+from experiments.networks import ResNet50, ViT
+
+# Of the red, green and blue of ImageNet's training images, in [0, 1].
+_MEAN = (0.485, 0.456, 0.406)
+_DEVIATION = (0.229, 0.224, 0.225)
 
 
 class MLP(nn.Module):
@@ -81,24 +87,78 @@ class ResNet(nn.Module):
 
 def build(name: str, width: int | None, depth: int | None, num_classes: int) -> nn.Module:
     """The model called `name`; None stands for its default."""
-    kind = {"mlp": MLP, "cnn": CNN, "resnet": ResNet}[name]
-    options = {"width": width} | ({} if name == "cnn" else {"depth": depth})
-    return kind(num_classes=num_classes, **{key: value for key, value in options.items() if value is not None})
+    kind, fixed = KINDS[name]
+    options = {"width": width, "depth": depth}
+    return kind(num_classes=num_classes, **fixed, **{key: value for key, value in options.items() if value is not None})
+
+
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mlp": (MLP, {}),
+    "cnn": (CNN, {}),
+    "resnet": (ResNet, {}),
+    "resnet50": (ResNet50, {"norm": "batch"}),
+    "resnet50_gn": (ResNet50, {"norm": "group"}),
+    "vit_s16": (ViT, {}),
+}
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the model normalises by batch; its parameters then hold running averages too, "batch_stats"."""
+    return getattr(model, "norm", None) == "batch"
+
+
+def as_input(images: jax.Array) -> jax.Array:
+    """Bytes normalised by mean and deviation of ImageNet's colours; what is no bytes, as it is."""
+    if images.dtype != jnp.uint8:
+        return images
+    mean, deviation = (jnp.broadcast_to(jnp.array(each), images.shape) for each in (_MEAN, _DEVIATION))
+    return (images / 255 - mean) / deviation
+
+
+def _cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels)
 
 
 @functools.cache
 def loss_of(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
-    """loss_fn(params, (image, label)) → cross-entropy in nats; the same function object for equal models."""
+    """loss_fn(params, (image, label)) → cross-entropy in nats; the same function object for equal models.
+
+    BatchNorm normalises by its running averages, which are held fixed.
+    """
 
     def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
         image, label = example
-        logits = model.apply(params, image[None])
-        return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits)[0], label)
+        return _cross_entropy(model.apply(_fixed(params), as_input(image[None])), label[None])[0]
+
+    return loss_fn
+
+
+def _fixed(params: Any) -> Any:
+    """The same with running averages that nothing is differentiated by."""
+    return {name: part if name == "params" else jax.lax.stop_gradient(part) for name, part in params.items()}
+
+
+@functools.cache
+def training_loss_of(model: nn.Module) -> Callable[[Any, Any], tuple[jax.Array, dict[str, Any]]]:
+    """(params, batch) → (mean loss, {"batch_stats": …}) of a model that normalises by the batch."""
+
+    def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        images, labels = batch
+        logits, statistics = model.apply(_fixed(params), as_input(images), train=True, mutable=["batch_stats"])
+        return _cross_entropy(logits, labels).mean(), dict(statistics)
 
     return loss_fn
 
 
 @functools.cache
+def mean_loss_of(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
+    """(params, batch) → mean loss; a model with BatchNorm normalises by the batch."""
+    if has_batch_norm(model):
+        return lambda params, batch: training_loss_of(model)(params, batch)[0]
+    return lambda params, batch: jax.vmap(loss_of(model), in_axes=(None, 0))(params, batch).mean()
+
+
+@functools.cache
 def predictor(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     """The jitted function (params, images) → predicted classes [B]."""
-    return jax.jit(lambda params, images: jnp.asarray(model.apply(params, images)).argmax(-1))
+    return jax.jit(lambda params, images: jnp.asarray(model.apply(params, as_input(images))).argmax(-1))

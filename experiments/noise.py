@@ -6,7 +6,7 @@ import flax.linen as nn
 import numpy as np
 
 from experiments import figures, loop
-from experiments.configs import NoiseConfig
+from experiments.configs import NoiseConfig, how_measured
 from experiments.run import RunFolder
 from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
 from experiments.source import Examples
@@ -26,7 +26,7 @@ _LEARNT = 0.9
 def measure(config: NoiseConfig, folder: RunFolder) -> None:
     """Train by every method, seed by seed, and measure on the way."""
     seeds = range(config.seed, config.seed + config.seeds)
-    loop.run(config, folder, [_training(method, seed, config.noise) for seed in seeds for method in METHODS])
+    loop.run(config, folder, [_training(method, seed, config.noise) for seed in seeds for method in config.methods])
 
 
 def _training(method: str, seed: int, noise: float) -> loop.Training:
@@ -45,7 +45,7 @@ def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
     row: Row = {"test": float((test.guess == test.labels).mean())}
     row |= _shares(train.guess, train.labels, train.true)
     row |= {"loss": float(found.loss), "r": float(found.m_coherence)}
-    return row | {"gap": row["train"] - row["test"]}
+    return row | {"gap": row["train"] - row["test"], "chance": 1 / model.num_classes}
 
 
 def _shares(guess: np.ndarray, labels: np.ndarray, true: np.ndarray) -> dict[str, float]:
@@ -86,7 +86,8 @@ _WHEN = {
 
 def _table(rows: list[Row], when: str) -> Table:
     lines = []
-    for name, method in METHODS.items():
+    for name in dict.fromkeys(row["method"] for row in rows):
+        method = METHODS[name]
         found = _moments(rows, name, when)
         if found is None:
             lines.append((method.label, "not reached", *("" for _ in range(len(QUANTITIES) + 1))))
@@ -111,7 +112,8 @@ _COMPARISONS = (
 def _claims(rows: list[Row]) -> list[Claim]:
     """Whether each robust method is better than its rivals, in every seed."""
     claims = []
-    for robust, other in _PAIRS:
+    methods = {row["method"] for row in rows}
+    for robust, other in (pair for pair in _PAIRS if methods.issuperset(pair)):
         for when, key, lower, template in _COMPARISONS:
             text = template.format(a=robust.upper(), b=METHODS[other].label)
             mine, theirs = _moments(rows, robust, when), _moments(rows, other, when)
@@ -128,7 +130,9 @@ def _claims(rows: list[Row]) -> list[Claim]:
 def section(config: NoiseConfig, folder: RunFolder) -> Section:
     """The claims, the tables and the figures that follow from what was measured."""
     rows = folder.rows
-    complete = {(row["method"], row["seed"]) for row in rows} >= {(m, s) for m in METHODS for s in seeds_of(rows)}
+    complete = {(row["method"], row["seed"]) for row in rows} >= {
+        (m, s) for m in config.methods for s in seeds_of(rows)
+    }
     share = rows[0]["corrupt_share"] if rows else float("nan")
     pictures = ()
     if rows:
@@ -143,7 +147,7 @@ def section(config: NoiseConfig, folder: RunFolder) -> Section:
             lr=config.learning_rate,
             batch=config.batch_size,
         )
-        for part in _TEXT
+        for part in (*_TEXT, how_measured(config))
     )
     claims = tuple(_claims(rows)) if rows and complete else ()
     tables = tuple(_table(rows, when) for when in _WHEN) if claims else ()
@@ -160,7 +164,7 @@ _CAPTION = (
 _TEXT = (
     "A share of {noise:.0%} of the training labels ({data}) is replaced by classes drawn uniformly, which leaves "
     "{share:.0%} wrong. A network that fits all of them has memorised those. The same network ({model}) is "
-    "trained from the same start and in the same order of examples by five methods.",
+    "trained from the same start and in the same order of examples by every method.",
     "SGD steps along the gradient of one mini-batch of {batch} (learning rate {lr}). M3 takes the gradients of "
     "three mini-batches and, for every coordinate, their median: what only one mini-batch asks for is ignored. "
     "Its control steps along the mean of the same three, so that a difference between the two is the median's and"

@@ -69,7 +69,7 @@ class RunFolder:
         return found
 
 
-def folder_for(out: Path | None, name: str, config: Any) -> Path:
+def folder_for(out: Path | None, config: Any) -> Path:
     """The folder to write to: new, empty, or that of an earlier run of the same config, which will be gone on with.
 
     Raises:
@@ -78,7 +78,7 @@ def folder_for(out: Path | None, name: str, config: Any) -> Path:
     """
     if out is None:
         now = datetime.datetime.now(datetime.UTC)
-        return Path("runs") / f"{name}-{now:%Y%m%d-%H%M%S}"
+        return Path("runs") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
     if (out / "config.json").is_file():
         old, new = json.loads((out / "config.json").read_text(encoding="utf-8")), plain(config)
         for key in new | old:
@@ -115,8 +115,7 @@ def plain(config: Any) -> dict[str, Any]:
     # Not what is measured, but on which machines and where to.
     here = {field.name for field in dataclasses.fields(Cluster)} | {"out"}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in here}
-    found = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
-    return {"experiment": type(config).__name__.removesuffix("Config").lower()} | found
+    return json.loads(json.dumps({"experiment": config.name} | fields, default=str))
 
 
 def environment(config: Any) -> dict[str, Any]:

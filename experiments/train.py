@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import cg_jax as cg
+from experiments import models
 from experiments.devices import devices
-from experiments.models import loss_of, predictor
 
 
 class Keys(NamedTuple):
@@ -55,36 +56,83 @@ class State(NamedTuple):
     opt_state: Any
 
 
+class Recipe(NamedTuple):
+    """How steps are made of gradients, whatever the method."""
+
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.0  # added to the gradients before they are aggregated, as in the papers
+    decay_at: tuple[int, ...] = ()  # epochs after which the learning rate is a tenth of what it was
+
+
 class Trainer(NamedTuple):
     """One method's way to train one model."""
 
     init: Callable[[jax.Array, Any], State]  # (key, images) → state
     step: Callable[..., State]  # (state, images, labels, rows or None for all) → state; jitted, the state donated
     rows_per_step: int
+    per_epoch: int  # steps
 
 
 @functools.cache
-def trainer(model: nn.Module, method: str, learning_rate: float, batch_size: int) -> Trainer:
+def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) -> Trainer:
     """The trainer of a method, compiled once for all seeds."""
-    groups, loss_fn = METHODS[method].groups, loss_of(model)
-    optimizer = optax.chain(METHODS[method].transform(), optax.sgd(learning_rate))
+    groups = METHODS[method].groups
+    rows_per_step = groups * recipe.batch_size
+    per_epoch = steps_per_epoch(num_examples, rows_per_step, recipe.batch_size)
+    drops = {per_epoch * epoch: 0.1 for epoch in recipe.decay_at}
+    rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops) if drops else recipe.learning_rate
+    optimizer = optax.chain(METHODS[method].transform(), optax.sgd(rate))
+    gradient = _gradient_by_batch(model, groups) if models.has_batch_norm(model) else _gradient(model, groups)
 
     def init(key: jax.Array, images: jax.Array) -> State:
-        params = model.init(key, images[:1])
+        params = model.init(key, models.as_input(images[:1]))
         return State(params, optimizer.init(params))
-
-    def gradient(params: Any, batch: Any) -> Any:
-        if groups > 1:
-            return cg.micro_batch_grads(loss_fn, groups)(params, batch)
-        return jax.grad(lambda p: jax.vmap(loss_fn, in_axes=(None, 0))(p, batch).mean())(params)
 
     def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array | None) -> State:
         batch = (images, labels) if rows is None else (images[rows], labels[rows])
-        grads = gradient(state.params, batch)
+        grads, statistics = gradient(state.params, batch)
+        if recipe.weight_decay:
+            grads = {**grads, "params": _decayed(grads["params"], state.params["params"], recipe.weight_decay)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), opt_state)
+        params: Any = optax.apply_updates(state.params, updates)
+        return State({**params, **statistics}, opt_state)
 
-    return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), groups * batch_size)
+    return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), rows_per_step, per_epoch)
+
+
+def _decayed(grads: Any, weights: Any, decay: float) -> Any:
+    """Gradients, or those [k, …] of each group, of the loss and of half the squared weights times `decay`."""
+    return jax.tree.map(lambda g, w: g + decay * jnp.broadcast_to(w, g.shape), grads, weights)
+
+
+Gradient = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+
+
+def _gradient(model: nn.Module, groups: int) -> Gradient:
+    """(params, batch) → (the mean gradient, or that of each group, {})."""
+    loss_fn = models.loss_of(model)
+
+    def gradient(params: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        if groups > 1:
+            return cg.micro_batch_grads(loss_fn, groups)(params, batch), {}
+        return jax.grad(lambda p: jax.vmap(loss_fn, in_axes=(None, 0))(p, batch).mean())(params), {}
+
+    return gradient
+
+
+def _gradient_by_batch(model: nn.Module, groups: int) -> Gradient:
+    """The same where BatchNorm normalises by each group; {"batch_stats": the running averages after them}."""
+    of_group = jax.grad(models.training_loss_of(model), has_aux=True)
+
+    def gradient(params: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        if groups == 1:
+            return of_group(params, batch)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), batch)
+        grads, statistics = jax.lax.map(lambda part: of_group(params, part), parts)
+        return grads, jax.tree.map(lambda leaf: leaf.mean(0), statistics)
+
+    return gradient
 
 
 def steps_per_epoch(num_examples: int, rows_per_step: int, batch_size: int) -> int:
@@ -92,11 +140,16 @@ def steps_per_epoch(num_examples: int, rows_per_step: int, batch_size: int) -> i
     return num_examples // (EPOCH_UNIT * batch_size) * EPOCH_UNIT * batch_size // rows_per_step
 
 
+def epoch_order(key: jax.Array, epoch: int, num_examples: int) -> np.ndarray:
+    """The order [num_examples] in which an epoch, counted from 0, goes through the examples."""
+    return np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))
+
+
 def epoch_rows(
     key: jax.Array, epoch: int, num_examples: int, rows_per_step: int, batch_size: int
 ) -> Iterator[np.ndarray]:
     """The rows of each step of an epoch (counted from 0), in an order of its own; the odd few are left out."""
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))
+    order = epoch_order(key, epoch, num_examples)
     for step in range(steps_per_epoch(num_examples, rows_per_step, batch_size)):
         yield order[step * rows_per_step : (step + 1) * rows_per_step]
 
@@ -113,7 +166,7 @@ def rows_from(
 
 def predict(model: nn.Module, params: Any, images: jax.Array, batch_size: int) -> np.ndarray:
     """Predicted classes [m]; the last batch overlaps the one before, so that one shape compiles."""
-    size, parts, classes = images.shape[0], [], predictor(model)
+    size, parts, classes = images.shape[0], [], models.predictor(model)
     batch_size = min(batch_size, size)
     out = np.empty(size, np.int32)
     for start in range(0, size, batch_size):

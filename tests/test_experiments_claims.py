@@ -74,7 +74,7 @@ def _noise_rows(better):
                 {
                     "method": method, "seed": 0, "step": epoch, "epoch": float(epoch), "pristine": pristine,
                     "corrupt": 0.1 if good else 0.5, "corrupt_true": 0.5, "test": 0.9 if good else 0.5 + epoch / 10,
-                    "gap": 0.0, "loss": 1.0, "train": 0.5,
+                    "gap": 0.0, "loss": 1.0, "train": 0.5, "chance": 0.1,
                 }
             )  # fmt: skip
     return rows

@@ -1,12 +1,14 @@
 """The trainers and the models, against plain loops."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cg_jax as cg
 from experiments import models
-from experiments.train import METHODS, predict, trainer
+from experiments.train import METHODS, Recipe, predict, trainer
 
 BATCH, RATE = 4, 0.5
 
@@ -46,7 +48,7 @@ def _by_hand(name, model, params, images, labels):
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_takes_the_steps_written_out_by_hand(problem, name):
     model, images, labels = problem
-    method = trainer(model, name, RATE, BATCH)
+    method = trainer(model, name, Recipe(BATCH, RATE), 36)
     state = method.init(jax.random.key(1), images)
     start = jax.tree.map(jnp.array, state.params)  # the step donates its state
     for first in range(0, 36, method.rows_per_step):
@@ -76,3 +78,99 @@ def test_prediction_does_not_depend_on_the_batch_size(problem, batch_size):
     params = model.init(jax.random.key(0), images)
     want = np.asarray(model.apply(params, images)).argmax(-1)
     np.testing.assert_array_equal(predict(model, params, images, batch_size), want)
+
+
+def test_the_learning_rate_falls_and_weights_decay_before_the_median(problem):
+    model, images, labels = problem
+    method = trainer(model, "m3", Recipe(BATCH, RATE, weight_decay=0.1, decay_at=(1,)), 36)
+    assert method.per_epoch == 3
+    state = method.init(jax.random.key(1), images)
+    params = jax.tree.map(jnp.array, state.params)
+    for step in range(4):
+        rows = 12 * (step % 3) + jnp.arange(12)
+        parts = [_mini_batch_gradient(model, params, images[part], labels[part]) for part in rows.reshape(3, 4)]
+        rate = RATE if step < 3 else RATE / 10
+        direction = jax.tree.map(lambda p, *g: np.median([each + 0.1 * p for each in g], 0), params, *parts)
+        params = jax.tree.map(lambda p, d: p - rate * d, params, direction)  # noqa: B023 called at once
+        state = method.step(state, images, labels, rows)
+    for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-6)
+
+
+class WithBatchNorm(nn.Module):
+    """Small, with all that the trainer looks at."""
+
+    norm: str = "batch"
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(5)(x.reshape(x.shape[0], -1))
+        return nn.Dense(10)(nn.relu(nn.BatchNorm(not train, momentum=0.9)(x)))
+
+
+@pytest.mark.parametrize("name", ["sgd", "m3", "mean3"])
+def test_batch_norm_normalises_by_each_mini_batch_and_its_averages_follow(problem, name):
+    _, images, labels = problem
+    model, groups = WithBatchNorm(), METHODS[name].groups
+    method = trainer(model, name, Recipe(BATCH, RATE, weight_decay=0.1), 36)
+    state = method.init(jax.random.key(1), images)
+    want = jax.tree.map(jnp.array, state.params)
+    for first in range(0, 24, 4 * groups):
+        found = [
+            _by_batch(model, want, images[i : i + 4], labels[i : i + 4]) for i in range(first, first + 4 * groups, 4)
+        ]
+        grads, statistics = zip(*found, strict=True)
+        combine = np.median if name == "m3" else np.mean
+        direction = jax.tree.map(lambda *g: combine(np.stack(g), 0), *grads)  # noqa: B023 called at once
+        weights = jax.tree.map(lambda p, d: p - RATE * (d + 0.1 * p), want["params"], direction)
+        want = {"params": weights, "batch_stats": jax.tree.map(lambda *s: np.mean(s, 0), *statistics)}
+        state = method.step(state, images, labels, first + jnp.arange(4 * groups))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.params, want)
+
+
+def _by_batch(model, variables, images, labels):
+    """The gradient of the mean loss by the weights, and the running averages after it."""
+
+    def loss(weights):
+        everything = {**variables, "params": weights}
+        logits, changed = model.apply(everything, images, train=True, mutable=["batch_stats"])
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean(), changed["batch_stats"]
+
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("resnet50", 25_557_032), ("resnet50_gn", 25_557_032), ("vit_s16", 22_050_664)]
+)
+def test_the_models_of_imagenet_have_the_parameters_of_the_papers(name, millions):
+    model = models.build(name, None, None, 1000)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == millions
+    assert ("batch_stats" in shapes) == (name == "resnet50") == models.has_batch_norm(model)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_s16"])
+def test_the_engine_measures_the_models_of_imagenet(name):
+    """Of ResNet-50 by running averages, which are among the parameters and have no gradient."""
+    model = models.build(name, 8, 1 if name == "vit_s16" else None, 3)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
+    params = jax.jit(model.init)(jax.random.key(0), models.as_input(images[:1]))
+    # The last normalisation of a block starts at zero, and all before it has no gradient.
+    params["params"] = jax.tree.map(lambda p: jnp.where(p == 0, 0.1, p), params["params"])
+    batch = images, np.array([0, 1, 2, 0], np.int32)
+    ghost, plain = (jax.jit(cg.grad_moments(models.loss_of(model), method=m))(params, batch) for m in ("ghost", "vmap"))
+    for part in ("sum_grads", "sum_sq_norms"):
+        got, want = (jax.tree.leaves(getattr(each, part)["params"]) for each in (ghost, plain))
+        least = 1e-5 * max(float(np.abs(leaf).max()) for leaf in want)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=least)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(ghost.sum_sq_norms["params"]))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(ghost.sum_sq_norms.get("batch_stats", {})))
+
+
+def test_bytes_are_normalised_and_numbers_are_not():
+    white = models.as_input(jnp.full((1, 2, 2, 3), 255, jnp.uint8))
+    np.testing.assert_allclose(
+        white[0, 0, 0], [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225], rtol=1e-6
+    )
+    np.testing.assert_array_equal(models.as_input(jnp.full((1, 2), 0.5)), jnp.full((1, 2), 0.5))

@@ -1,0 +1,66 @@
+"""Data sets that fit the memory of every device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import cg_jax as cg
+from experiments import data
+from experiments.configs import Config
+from experiments.devices import devices
+from experiments.source import Guesses, coherence_of
+from experiments.train import Keys, predict, rows_from
+
+
+class InMemory:
+    """A data set in the memory of the host."""
+
+    def __init__(self, config: Config) -> None:
+        found = data.load(config.data, folder=config.data_dir, num_train=config.num_train, num_test=config.num_test)
+        self._config, self._data = config, found
+        self.num_train, self.num_classes = len(found.train_labels), found.num_classes
+
+    def noisy(self, keys: Keys, train: float, test: float) -> "OnDevices":
+        """Copies on all devices."""
+        found = self._data
+        labels = data.corrupt(keys.noise, found.train_labels, train, self.num_classes)
+        test_labels = data.corrupt(keys.test_noise, found.test_labels, test, self.num_classes)
+        samples = {
+            "train": (found.train_images, labels, found.train_labels),
+            "test": (found.test_images, test_labels, found.test_labels),
+        }
+        return OnDevices(self._config, keys, samples)
+
+
+class OnDevices:
+    """All examples on every device; a step picks its rows."""
+
+    def __init__(
+        self, config: Config, keys: Keys, samples: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    ) -> None:
+        self._config, self._keys = config, keys
+        self._labels = {name: (labels, true) for name, (_, labels, true) in samples.items()}
+        self._there = {name: devices().replicate((images, labels)) for name, (images, labels, _) in samples.items()}
+        self.first = samples["train"][0][:1]
+
+    def _batch_size(self, sample: str) -> int:
+        return min(self._config.measure_batch_size, len(self._labels[sample][0]))
+
+    def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+        """All images and labels, and the rows of each step from `step` on."""
+        images, labels = self._there["train"]
+        for rows in rows_from(self._keys.order, step, len(labels), rows_per_step, self._config.batch_size):
+            yield images, labels, devices().spread(rows)
+
+    def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
+        """Predictions on the whole sample."""
+        return Guesses(predict(model, params, self._there[sample][0], self._batch_size(sample)), *self._labels[sample])
+
+    def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
+        """Coherence of the whole sample, and predictions on it."""
+        batch_size = self._batch_size(sample)
+        found = coherence_of(self._config, model, params, self._there[sample], batch_size=batch_size)
+        return found, self.guess(sample, model, params)
