@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from experiments.section import Row, curve
+from experiments.section import Row, curve, number
 
 _STYLE = {
     "real": ("tab:blue", "real labels"),
@@ -98,16 +98,17 @@ def coherence(rows: list[Row], counts: dict[str, int], path: Path) -> None:
 
 
 def _by_module(row: Row) -> Row:
-    """The same with tensors of one module taken together: α = Σ share · α / Σ share."""
-    modules: dict[str, list[dict[str, float]]] = {}
-    for tensor, part in row["per_tensor"].items():
-        modules.setdefault(tensor.split("/")[0], []).append(part)
-    sums = {
-        name: (sum(part["share"] for part in parts), sum(part["share"] * part["alpha"] for part in parts))
-        for name, parts in modules.items()
-    }
+    """The same with tensors of one module taken together: α = Σ share · α / Σ share, where there are gradients."""
+    shares: dict[str, float] = {}
+    parts: dict[str, float] = {}
+    for tensor in row["per_tensor"]:
+        module = tensor.split("/")[0]
+        share, alpha = (number(row, ("per_tensor", tensor, name)) for name in ("share", "alpha"))
+        shares[module] = shares.get(module, 0.0) + share
+        parts[module] = parts.get(module, 0.0) + (0.0 if share == 0 else share * alpha)
     count = row["train"]["count"]
-    return row | {"per_tensor": {name: {"r": count * top / share} for name, (share, top) in sums.items()}}
+    r = {module: count * parts[module] / share if share else float("nan") for module, share in shares.items()}
+    return row | {"per_tensor": {module: {"r": value} for module, value in r.items()}}
 
 
 def per_tensor(rows: list[Row], path: Path) -> None:

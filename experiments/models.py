@@ -88,7 +88,9 @@ class ResNet(nn.Module):
 def build(name: str, width: int | None, depth: int | None, num_classes: int) -> nn.Module:
     """The model called `name`; None stands for its default."""
     kind, fixed = KINDS[name]
-    options = {"width": width, "depth": depth}
+    options: dict[str, Any] = {"width": width, "depth": depth}
+    if kind is ResNet50:
+        options = {"width": width, "blocks": None if depth is None else (depth,) * 4}
     return kind(num_classes=num_classes, **fixed, **{key: value for key, value in options.items() if value is not None})
 
 

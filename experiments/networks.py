@@ -7,8 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Blocks in each stage of a ResNet-50.
-_STAGES = (3, 4, 6, 3)
 _GROUPS = 32
 _HEAD_WIDTH = 64
 
@@ -51,6 +49,7 @@ class ResNet50(nn.Module):
 
     norm: str = "batch"
     width: int = 64
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
     num_classes: int = 1000
 
     @nn.compact
@@ -59,7 +58,7 @@ class ResNet50(nn.Module):
         norm = partial(nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5) if self.norm == "batch" else GroupNorm
         x = nn.Conv(self.width, (7, 7), 2, padding=3, use_bias=False)(x)
         x = nn.max_pool(nn.relu(norm()(x)), (3, 3), (2, 2), padding="SAME")
-        for stage, blocks in enumerate(_STAGES):
+        for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 x = Bottleneck(self.width * 2**stage, 2 if stage and not block else 1, norm)(x)
         return nn.Dense(self.num_classes)(x.mean((1, 2)))

@@ -37,14 +37,15 @@ class RunFolder:
         self._metrics = path / "metrics.jsonl"
         if not writes():
             return
-        self.figures.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", plain(config))  # the first of all files: by it a run is known
+        self.figures.mkdir(exist_ok=True)
         self._metrics.touch()
-        write_json(path / "config.json", plain(config))
         write_json(path / "env.json", environment(config))
         self._checkpoints = Checkpoints(path / "checkpoints")
 
     def add(self, **row: Any) -> None:
         """Append one measurement."""
+        row = _finite(row)
         self.rows.append(row)
         if writes():
             _append(self._metrics, row)
@@ -85,7 +86,7 @@ def folder_for(out: Path | None, config: Any) -> Path:
             if old.get(key) != new.get(key):
                 change = f"{key}={new.get(key)} where it was begun with {key}={old.get(key)}"
                 raise ValueError(f"Expected the options that the run in out={out} was begun with, got {change}.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != "config.tmp" for path in out.iterdir())):
         what = "which holds something else" if out.is_dir() else "which is a file"
         raise FileExistsError(f"Expected out to be a new or empty folder, or that of a run, got out={out}, {what}.")
     return out
@@ -93,11 +94,12 @@ def folder_for(out: Path | None, config: Any) -> Path:
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value`, replacing the file in one move."""
+    """Write `value`, replacing the file in one move; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import coherence, noise
+from experiments import coherence, figures, noise
 from experiments.configs import CoherenceConfig, NoiseConfig, check
 from experiments.loop import measured_at
 from experiments.section import curve, spread, with_spread
@@ -136,3 +136,15 @@ def test_measurements_are_logarithmic_in_the_first_epoch_then_one_every_so_many(
     assert measured_at(78, NoiseConfig(epochs=4)) == [0, 78, 156, 234, 312]
     assert measured_at(78, NoiseConfig(epochs=4, every=3)) == [0, 234, 312]
     assert measured_at(3, CoherenceConfig(epochs=1)) == [0, 1, 2, 3]
+
+
+def test_tensors_of_a_module_are_taken_together():
+    parts = {
+        "A/kernel": {"share": 0.5, "alpha": 0.2, "r": 20.0},
+        "A/bias": {"share": 0.25, "alpha": 0.8, "r": 80.0},
+        "A/scale": {"share": 0.0, "alpha": None, "r": None},  # no gradient: 0/0
+        "B/kernel": {"share": 0.0, "alpha": None, "r": None},
+    }
+    found = figures._by_module({"per_tensor": parts, "train": {"count": 100}})["per_tensor"]
+    assert found["A"]["r"] == pytest.approx(100 * (0.5 * 0.2 + 0.25 * 0.8) / 0.75)
+    assert np.isnan(found["B"]["r"])

@@ -16,7 +16,20 @@ from processes import free_port, outputs, running
 from experiments import configs, devices
 from experiments.__main__ import main
 
-SMALL = ["--data", "digits", "--num-train", "360", "--width", "16", "--batch-size", "20"]
+SMALL = [
+    "--data",
+    "digits",
+    "--num-train",
+    "360",
+    "--width",
+    "16",
+    "--batch-size",
+    "20",
+    "--methods",
+    "sgd",
+    "m3",
+    "rm3",
+]
 
 
 def _command(out, *more):

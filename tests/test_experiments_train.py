@@ -152,7 +152,7 @@ def test_the_models_of_imagenet_have_the_parameters_of_the_papers(name, millions
 @pytest.mark.parametrize("name", ["resnet50", "vit_s16"])
 def test_the_engine_measures_the_models_of_imagenet(name):
     """Of ResNet-50 by running averages, which are among the parameters and have no gradient."""
-    model = models.build(name, 8, 1 if name == "vit_s16" else None, 3)
+    model = models.build(name, 8, 1, 3)
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     params = jax.jit(model.init)(jax.random.key(0), models.as_input(images[:1]))
     # The last normalisation of a block starts at zero, and all before it has no gradient.

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -127,6 +126,14 @@ def test_a_changed_option_is_an_error_and_nothing_is_lost(run, capsys):
     assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_a_run_that_was_killed_while_it_made_its_folder_starts(finished, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.tmp").write_text('{"exper')
+    assert _run(out) == 0
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
 def test_a_folder_that_cannot_be_made_is_an_error(capsys):
     assert _run(Path("/proc/nowhere/run")) == 1  # holds for root too
     assert "/proc/nowhere" in capsys.readouterr().err
@@ -168,22 +175,17 @@ def test_a_checkpoint_holds_every_kind_of_leaf(tmp_path):
 
 def test_two_processes_go_on_together(tmp_path):
     """The second has no folder: it is told what the first has read."""
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    for folder, stopped in ((whole, False), (out, True), (out, False)):
+    out = tmp_path / "run"
+    for again in (False, True):
         port = free_port()
-        cluster = [
-            ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(p)] for p in (0, 1)
-        ]
-        outs = [folder, tmp_path / "none"]
+        cluster = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
         start = [sys.executable, "-m", "experiments", *SMALL, "--epochs", "1"]
-        commands = [[*start, *cluster[p], "--out", outs[p]] for p in (0, 1)]
+        commands = [[*start, *cluster, p, "--out", folder] for p, folder in enumerate((out, tmp_path / "none"))]
         with running(commands, [kills.ENVIRONMENT] * 2) as started:
-            if not stopped:
-                said = outputs(started)[0][1]
-                continue
-            kills.wait_for_checkpoint(out, started[0], after=40)
-            started[1].send_signal(signal.SIGKILL)
-            started[0].send_signal(signal.SIGKILL)
-    assert "Going on from step" in said
-    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+            said = outputs(started)[0][1]
+        if not again:
+            metrics = (out / "metrics.jsonl").read_bytes()
+            shutil.rmtree(_newest(out))
+    assert "Going on from step 60 of training 2." in said
+    assert (out / "metrics.jsonl").read_bytes() == metrics
     assert not (tmp_path / "none").exists()
