@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from experiments.section import Row, curve, number
 
@@ -39,9 +39,20 @@ def _epoch_axis(ax: Any, epochs: np.ndarray) -> None:
     """Epochs on a logarithmic axis that has 0 as well."""
     positive = epochs[epochs > 0]
     if positive.size:
-        ax.set_xscale("symlog", linthresh=float(positive.min()), linscale=0.5)
+        least, most = float(positive.min()), float(positive.max())
+        ax.set_xscale("symlog", linthresh=least, linscale=0.5)
+        ax.set_xticks([0, *10.0 ** np.arange(np.ceil(np.log10(least)), np.log10(most) + 1e-9)])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_xlabel("epoch")
+
+
+def _log_axis(ax: Any) -> None:
+    """A logarithmic axis of plain numbers; those between decades are written where there is little more than one decade."""
+    ax.set_yscale("log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_formatter(plain)
+    ax.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -83,7 +94,7 @@ def coherence(rows: list[Row], counts: dict[str, int], path: Path) -> None:
         for ax in line[:2]:
             ax.set_yscale("log")
             ax.set_ylim(bottom=_bottom(lowest))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            _log_axis(ax)
             ax.set_ylabel(f"m-coherence r, {name} sample\n(m = {counts[sample]}) [examples]")
             _orthogonal(ax)
         line[1].set_xlabel("training loss [nats] (training goes to the right)")
@@ -126,8 +137,7 @@ def per_tensor(rows: list[Row], path: Path) -> None:
             epochs, r, _ = curve(rows, ("per_tensor", tensor, "r"), labels=labels)
             ax.plot(epochs, r, color=color, label=tensor, marker=".", markersize=3, linewidth=1.2)
             _epoch_axis(ax, epochs)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _log_axis(ax)
         _orthogonal(ax)
         ax.set_title(_STYLE[labels][1], fontsize=10)
         ax.grid(alpha=0.25)
