@@ -47,7 +47,7 @@ def _epoch_axis(ax: Any, epochs: np.ndarray) -> None:
 
 
 def _log_axis(ax: Any) -> None:
-    """A logarithmic axis of plain numbers; those between decades are written where there is little more than one decade."""
+    """A logarithmic axis of plain numbers, those between decades too where it is about one decade long."""
     ax.set_yscale("log")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     low, high = ax.get_ylim()
