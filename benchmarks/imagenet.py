@@ -62,7 +62,7 @@ def sides(name: str, options: Options) -> dict[str, Callable[[], Any]]:
 
     def training() -> None:
         for each in batches:
-            held[0] = sgd.step(held[0], *each, None)
+            held[0] = sgd.step(held[0], *(part[None] for part in each), None)
         jax.block_until_ready(held[0])
 
     def coherence(estimator: str) -> Callable[[], Any]:

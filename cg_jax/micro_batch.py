@@ -17,7 +17,8 @@ def micro_batch_grads(loss_fn: LossFn, k: int) -> Callable[[PyTree, PyTree], PyT
     """The function (params, batch) → the mean gradient of each of k groups of the batch, [k, *param].
 
     Row j is (k/B) Σ ∇ loss_fn(params, batch[i]) over the examples i of group j: rows j B/k to (j + 1) B/k of the batch.
-    Feeds `stacked`. Pure; call it inside your own jitted step.
+    Feeds `stacked`. Pure; call it inside your own jitted step. Where the batch is divided over devices, call it inside
+    `jax.shard_map`: left to the compiler, every device would gather the batch and compute all groups.
 
     Args:
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.

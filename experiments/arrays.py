@@ -50,10 +50,10 @@ class OnDevices:
         return min(self._config.measure_batch_size, len(self._labels[sample][0]))
 
     def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
-        """All images and labels, and the rows of each step from `step` on."""
+        """All images and labels, and the rows [groups, B] of each step from `step` on."""
         images, labels = self._there["train"]
         for rows in rows_from(self._keys.order, step, len(labels), rows_per_step, self._config.batch_size):
-            yield images, labels, devices().spread(rows)
+            yield images, labels, devices().spread(rows.reshape(-1, self._config.batch_size), 1)
 
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
         """Predictions on the whole sample."""

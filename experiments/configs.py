@@ -142,6 +142,7 @@ class ImageNetCoherenceConfig(CoherenceConfig):
     batch_size: int = 256
     measure_batch_size: int = 256
     epochs: int = 90
+    save_every: int = 5000
     smoke: bool = False
     """Try it: tiny images, a narrow and shallow network, 2 epochs; half a minute on 2 CPU cores."""
 
@@ -165,6 +166,7 @@ class ImageNetNoiseConfig(NoiseConfig):
     measure_batch_size: int = 256
     epochs: int = 90
     methods: tuple[MethodName, ...] = ("sgd", "m3", "mean3")
+    save_every: int = 5000
     smoke: bool = False
     """Try it: tiny images, a narrow and shallow network, 2 epochs; half a minute on 2 CPU cores."""
 

@@ -136,17 +136,17 @@ class Devices:
         """The whole of `tree` on every device."""
         return jax.device_put(tree) if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, P()))
 
-    def spread(self, rows: Any) -> Any:
-        """Rows [B, …], B/n of them on each device; all of them on every device where n does not divide B."""
-        if self.mesh is None or len(rows) % self.mesh.size:
+    def spread(self, rows: Any, axis: int = 0) -> Any:
+        """Rows along an axis of length B, B/n of them on each device; all on every device where n does not divide B."""
+        if self.mesh is None or rows.shape[axis] % self.mesh.size:
             return self.replicate(rows)
-        return jax.device_put(rows, NamedSharding(self.mesh, P("data")))
+        return jax.device_put(rows, NamedSharding(self.mesh, P(*[None] * axis, "data")))
 
-    def assemble(self, tree: Any) -> Any:
+    def assemble(self, tree: Any, axis: int = 0) -> Any:
         """Arrays whose rows, here those of this process, lie behind those of the processes before it; divided."""
         if self.mesh is None or jax.process_count() == 1:
-            return jax.tree.map(self.spread, tree)
-        sharding = NamedSharding(self.mesh, P("data"))
+            return jax.tree.map(lambda rows: self.spread(rows, axis), tree)
+        sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
         return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), tree)
 
 

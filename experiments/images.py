@@ -81,7 +81,7 @@ class Split:
 
 
 class Order(Sequence[int]):
-    """The numbers of the examples of a training, those of one process' part of every step, one after another.
+    """The numbers of the examples of a training, those of one process' part of every mini-batch, one after another.
 
     Any of them can be asked for at once, so that a training can go on anywhere; two epochs are kept at hand.
     """
@@ -90,7 +90,8 @@ class Order(Sequence[int]):
         self, key: jax.Array, size: int, rows_per_step: int, batch_size: int, part: tuple[int, int] = (0, 1)
     ) -> None:
         self._process, processes = part
-        self._rows, self.share = rows_per_step, rows_per_step // processes
+        self._rows, self._batch_size, self._share = rows_per_step, batch_size, batch_size // processes
+        self.share = rows_per_step // processes  # of a step
         self._steps = steps_per_epoch(size, rows_per_step, batch_size)
         self._of_epoch = functools.lru_cache(maxsize=2)(lambda epoch: epoch_order(key, epoch, size))
 
@@ -100,7 +101,9 @@ class Order(Sequence[int]):
     def __getitem__(self, position: int) -> int:  # type: ignore[override]
         step, row = divmod(position, self.share)
         epoch, step = divmod(step, self._steps)
-        return int(self._of_epoch(epoch)[step * self._rows + self._process * self.share + row])
+        batch, row = divmod(row, self._share)
+        before = step * self._rows + batch * self._batch_size + self._process * self._share
+        return int(self._of_epoch(epoch)[before + row])
 
 
 def _check_sizes(config: Config) -> None:
@@ -159,12 +162,14 @@ class Streamed:
         return iter(read.to_iter_dataset(options).batch(batch_size))
 
     def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[jax.Array, jax.Array, None]]:
-        """Images and labels of each step from `step` on, divided over the devices."""
+        """Images and labels [mini-batches, B, …] of each step from `step` on, each divided over the devices."""
         part = (jax.process_index(), jax.process_count())
         size, batch_size = self._splits["train"].size, self._config.batch_size
         order = Order(self._keys.order, size, rows_per_step, batch_size, part)
         for images, labels, _ in self._rows("train", order, step * order.share, order.share):
-            yield (*devices().assemble((images, labels)), None)
+            groups = rows_per_step // batch_size
+            images, labels = (part.reshape(groups, -1, *part.shape[1:]) for part in (images, labels))
+            yield (*devices().assemble((images, labels), 1), None)
 
     def _sample(self, sample: str) -> tuple[np.ndarray, int]:
         """(the numbers of the examples that this process measures on, how many of them make a batch)."""

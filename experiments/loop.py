@@ -147,7 +147,9 @@ def _train(
             note(0)
         for step in range(done + 1, wanted[-1] + 1):
             with clock.on("training"):
-                state = method.step(state, *next(batches))
+                batch = next(batches)
+                jax.block_until_ready(state)  # else batches would pile up on the devices
+                state = method.step(state, *batch)
             bar.update()
             if step in wanted:
                 note(step)

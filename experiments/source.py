@@ -31,7 +31,10 @@ class Examples(Protocol):
         ...
 
     def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[Any, Any, Any]]:
-        """(images, labels, rows) of each step from `step` on; rows is None where images hold only those."""
+        """(images, labels, rows) of each step from `step` on, rows [mini-batches, B], each divided over the devices.
+
+        rows is None where images and labels are only those, [mini-batches, B, …].
+        """
         ...
 
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:

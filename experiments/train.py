@@ -69,7 +69,9 @@ class Trainer(NamedTuple):
     """One method's way to train one model."""
 
     init: Callable[[jax.Array, Any], State]  # (key, images) → state
-    step: Callable[..., State]  # (state, images, labels, rows or None for all) → state; jitted, the state donated
+    # (state, images, labels, rows [groups, B]) or (state, images [groups, B, …], labels [groups, B], None) → state;
+    # jitted, the state donated
+    step: Callable[..., State]
     rows_per_step: int
     per_epoch: int  # steps
 
@@ -83,15 +85,15 @@ def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) ->
     drops = {per_epoch * epoch: 0.1 for epoch in recipe.decay_at}
     rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops) if drops else recipe.learning_rate
     optimizer = optax.chain(METHODS[method].transform(), optax.sgd(rate))
-    gradient = _gradient_by_batch(model, groups) if models.has_batch_norm(model) else _gradient(model, groups)
+    gradient = _gradient(model, groups)
 
     def init(key: jax.Array, images: jax.Array) -> State:
         params = model.init(key, models.as_input(images[:1]))
         return State(params, optimizer.init(params))
 
     def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array | None) -> State:
-        batch = (images, labels) if rows is None else (images[rows], labels[rows])
-        grads, statistics = gradient(state.params, batch)
+        batches = (images, labels) if rows is None else (images[rows], labels[rows])
+        grads, statistics = gradient(state.params, batches)
         if recipe.weight_decay:
             grads = {**grads, "params": _decayed(grads["params"], state.params["params"], recipe.weight_decay)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -106,30 +108,24 @@ def _decayed(grads: Any, weights: Any, decay: float) -> Any:
     return jax.tree.map(lambda g, w: g + decay * jnp.broadcast_to(w, g.shape), grads, weights)
 
 
-Gradient = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+def _gradient(model: nn.Module, groups: int) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
+    """(params, mini-batches [groups, B, …]) → (their mean gradients [groups, …], or that of the one, what changed).
 
+    One mini-batch after another, each divided over the devices: side by side, the compiler would make every device
+    compute all of them.
+    """
+    batch_norm = models.has_batch_norm(model)
+    loss = (
+        models.training_loss_of(model)
+        if batch_norm
+        else lambda *arguments: (models.mean_loss_of(model)(*arguments), {})
+    )
+    of_one = jax.grad(loss, has_aux=True)
 
-def _gradient(model: nn.Module, groups: int) -> Gradient:
-    """(params, batch) → (the mean gradient, or that of each group, {})."""
-    loss_fn = models.loss_of(model)
-
-    def gradient(params: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-        if groups > 1:
-            return cg.micro_batch_grads(loss_fn, groups)(params, batch), {}
-        return jax.grad(lambda p: jax.vmap(loss_fn, in_axes=(None, 0))(p, batch).mean())(params), {}
-
-    return gradient
-
-
-def _gradient_by_batch(model: nn.Module, groups: int) -> Gradient:
-    """The same where BatchNorm normalises by each group; {"batch_stats": the running averages after them}."""
-    of_group = jax.grad(models.training_loss_of(model), has_aux=True)
-
-    def gradient(params: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    def gradient(params: Any, batches: Any) -> tuple[Any, dict[str, Any]]:
         if groups == 1:
-            return of_group(params, batch)
-        parts = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), batch)
-        grads, statistics = jax.lax.map(lambda part: of_group(params, part), parts)
+            return of_one(params, jax.tree.map(lambda leaf: leaf[0], batches))
+        grads, statistics = jax.lax.map(lambda batch: of_one(params, batch), batches)
         return grads, jax.tree.map(lambda leaf: leaf.mean(0), statistics)
 
     return gradient

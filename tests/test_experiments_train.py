@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cg_jax as cg
-from experiments import models
+from experiments import devices, models
 from experiments.train import METHODS, Recipe, predict, trainer
 
 BATCH, RATE = 4, 0.5
@@ -45,6 +45,26 @@ def _by_hand(name, model, params, images, labels):
     return params
 
 
+@pytest.mark.parametrize("name", ["sgd", "m3"])
+def test_the_mini_batches_of_a_step_are_divided_over_the_devices(name):
+    """No device gathers images or computes more than its part; of batches side by side, each would compute all."""
+    model = models.build("cnn", 4, None, 10)
+    method = trainer(model, name, Recipe(16, RATE), 48)
+    images = np.zeros((METHODS[name].groups, 16, 8, 8, 1), np.float32)
+    state = method.init(jax.random.key(0), images[0])
+
+    def compiled(put, batches):
+        return method.step.lower(put(jax.device_get(state)), *batches, None).compile()
+
+    one = compiled(jax.device_put, jax.device_put((images, np.zeros(images.shape[:2], np.int32))))
+    on = devices.devices()
+    divided = compiled(on.replicate, on.assemble((images, np.zeros(images.shape[:2], np.int32)), 1))
+    assert "all-gather" not in divided.as_text()
+    assert "all-reduce" in divided.as_text()
+    # Of the mini-batches, which a loop goes through, both count one.
+    assert divided.cost_analysis()["flops"] < one.cost_analysis()["flops"] / 8 * 1.2
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_takes_the_steps_written_out_by_hand(problem, name):
     model, images, labels = problem
@@ -52,7 +72,7 @@ def test_each_method_takes_the_steps_written_out_by_hand(problem, name):
     state = method.init(jax.random.key(1), images)
     start = jax.tree.map(jnp.array, state.params)  # the step donates its state
     for first in range(0, 36, method.rows_per_step):
-        state = method.step(state, images, labels, jnp.arange(first, first + method.rows_per_step))
+        state = method.step(state, images, labels, first + jnp.arange(method.rows_per_step).reshape(-1, BATCH))
     want = _by_hand(name, model, start, images, labels)
     for got, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-6)
@@ -92,7 +112,7 @@ def test_the_learning_rate_falls_and_weights_decay_before_the_median(problem):
         rate = RATE if step < 3 else RATE / 10
         direction = jax.tree.map(lambda p, *g: np.median([each + 0.1 * p for each in g], 0), params, *parts)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)  # noqa: B023 called at once
-        state = method.step(state, images, labels, rows)
+        state = method.step(state, images, labels, rows.reshape(3, 4))
     for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-6)
 
@@ -124,7 +144,7 @@ def test_batch_norm_normalises_by_each_mini_batch_and_its_averages_follow(proble
         direction = jax.tree.map(lambda *g: combine(np.stack(g), 0), *grads)  # noqa: B023 called at once
         weights = jax.tree.map(lambda p, d: p - RATE * (d + 0.1 * p), want["params"], direction)
         want = {"params": weights, "batch_stats": jax.tree.map(lambda *s: np.mean(s, 0), *statistics)}
-        state = method.step(state, images, labels, first + jnp.arange(4 * groups))
+        state = method.step(state, images, labels, first + jnp.arange(4 * groups).reshape(groups, 4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.params, want)
 
 

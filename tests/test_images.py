@@ -51,6 +51,10 @@ def _raw(folder, split):
     return [(source[i]["image"], source[i]["label"]) for i in range(len(source))]
 
 
+def _flat(array):
+    return np.asarray(array).reshape(-1, *array.shape[2:])
+
+
 def _png(pixels):
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
@@ -99,8 +103,9 @@ def test_a_training_reads_every_example_once_an_epoch_in_the_order_of_arrays(fol
         for rows in epoch_rows(keys.order, epoch, 96, 24, 8):
             images, labels, none = next(batches)
             assert none is None
-            np.testing.assert_array_equal(images, [decoded(raw[row][0], SIZE) for row in rows])
-            np.testing.assert_array_equal(labels, [raw[row][1] for row in rows])
+            assert images.shape == (3, 8, SIZE, SIZE, 3)
+            np.testing.assert_array_equal(_flat(images), [decoded(raw[row][0], SIZE) for row in rows])
+            np.testing.assert_array_equal(_flat(labels), [raw[row][1] for row in rows])
 
 
 def test_a_training_goes_on_from_any_step(config):
@@ -118,10 +123,10 @@ def test_the_parts_of_processes_make_the_steps_of_one(processes):
     key, steps = Keys.of(0).order, 9
     alone = Order(key, 100, 24, 8)
     parts = [Order(key, 100, 24, 8, (i, processes)) for i in range(processes)]
-    share = 24 // processes
-    for step in range(steps):
-        together = [part[step * share + row] for part in parts for row in range(share)]
-        assert together == [alone[step * 24 + row] for row in range(24)]
+    share = 8 // processes
+    for batch in range(3 * steps):
+        together = [part[batch * share + row] for part in parts for row in range(share)]
+        assert together == [alone[batch * 8 + row] for row in range(8)]
 
 
 def test_labels_are_redrawn_by_the_number_of_the_example(folder, config):
@@ -131,7 +136,7 @@ def test_labels_are_redrawn_by_the_number_of_the_example(folder, config):
     batches = Images(config).noisy(keys, 0.5, 0.0).batches(0, 8)
     for epoch in range(3):
         for rows in epoch_rows(keys.order, epoch, 96, 8, 8):
-            np.testing.assert_array_equal(next(batches)[1], want[rows])
+            np.testing.assert_array_equal(_flat(next(batches)[1]), want[rows])
 
 
 def test_a_sample_is_measured_as_if_it_lay_in_memory(folder, config):
