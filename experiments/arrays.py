@@ -62,5 +62,7 @@ class OnDevices:
     def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
         """Coherence of the whole sample, and predictions on it."""
         batch_size = self._batch_size(sample)
-        found = coherence_of(self._config, model, params, self._there[sample], batch_size=batch_size)
+        found = coherence_of(
+            self._config, model, params, self._there[sample], size=len(self._labels[sample][0]), batch_size=batch_size
+        )
         return found, self.guess(sample, model, params)

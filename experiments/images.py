@@ -204,8 +204,8 @@ class Streamed:
     def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
         """Coherence of the sample, and predictions on it, in one reading."""
         found: list[Guesses] = []
-        batch_size = self._sample(sample)[1] * jax.process_count()
-        coherence = coherence_of(
-            self._config, model, params, self._seen(sample, model, params, found), batch_size=batch_size
-        )
+        numbers, batch_size = self._sample(sample)
+        processes = jax.process_count()
+        seen, size = self._seen(sample, model, params, found), processes * len(numbers)
+        coherence = coherence_of(self._config, model, params, seen, size=size, batch_size=processes * batch_size)
         return coherence, Guesses(*map(np.concatenate, zip(*found, strict=True)))

@@ -88,6 +88,9 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images [B, height, width, channels] → logits [B, num_classes]."""
+        height, width = x.shape[1:3]
+        if min(height, width) < self.patch:
+            raise ValueError(f"Expected images of {self.patch} × {self.patch} pixels or more, got {height} × {width}.")
         x = nn.Conv(self.width, (self.patch, self.patch), self.patch, padding="VALID")(x)
         x = x.reshape(x.shape[0], -1, self.width)
         token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))

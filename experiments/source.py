@@ -57,8 +57,19 @@ class Source(Protocol):
         ...
 
 
-def coherence_of(config: Config, model: nn.Module, params: Any, sample: Any, *, batch_size: int) -> cg.Coherence:
-    """Coherence of a sample by the estimator that the config names, on the host."""
+def coherence_of(
+    config: Config, model: nn.Module, params: Any, sample: Any, *, size: int, batch_size: int
+) -> cg.Coherence:
+    """Coherence of a sample of `size` examples by the estimator that the config names, on the host.
+
+    Raises:
+        ValueError: Estimator "batch", and fewer than two whole batches.
+    """
+    if config.estimator == "batch" and size < 2 * config.measure_batch_size:
+        least = (
+            f"at least 2 batches of measure_batch_size={config.measure_batch_size} to measure on with estimator batch"
+        )
+        raise ValueError(f"Expected {least}, got {size} examples in a sample.")
     loss_fn = models.loss_of(model) if config.estimator == "exact" else models.mean_loss_of(model)
     return jax.device_get(
         cg.measure_coherence(

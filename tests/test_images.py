@@ -170,6 +170,12 @@ def test_a_sample_is_measured_as_if_it_lay_in_memory(folder, config):
         (["no_such_set"], "Expected data in ('mnist5k', 'digits', 'fashion_mnist') or tfds:NAME, got data=no_such_set"),
         (["tfds:wiki_bio"], "Expected wiki_bio to be prepared"),
         (["tfds:tiny_images", "--num-train", "2", "--batch-size", "8"], "Expected at least 24 training examples"),
+        (["digits", "--estimator", "batch", "--num-test", "999"], "Expected num_test <= 397"),
+        (
+            ["digits", "--estimator", "batch", "--measure-batch-size", "400"],
+            "2 batches of measure_batch_size=400 to measure",
+        ),
+        (["digits", "--model", "vit_s16"], "Expected images of 16 × 16 pixels or more, got 8 × 8"),
     ],
 )
 def test_what_cannot_be_read_is_one_clear_error(folder, tmp_path, options, message, capsys):
