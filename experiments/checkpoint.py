@@ -5,6 +5,7 @@ Randomness needs nothing of its own: its keys follow from the seed, the order of
 """
 
 import hashlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ import orbax.checkpoint as ocp
 _MOST_STEPS = 10**9
 # A checkpoint that is not the newest is kept until two newer ones are whole.
 _KEPT = 2
+# The file of a checkpoint that says what the others hold; the last to be written.
+_DIGEST = "sha256"
 
 
 class Position(NamedTuple):
@@ -57,14 +60,15 @@ class Checkpoints:
             return
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(state))]
         require_space(self._folder, sum(leaf.nbytes for leaf in leaves))
-        about = position._asdict() | {
-            "digest": _digest(leaves),
-            "leaves": [[list(leaf.shape), leaf.dtype.name] for leaf in leaves],
-        }
+        about = position._asdict() | {"leaves": [[list(leaf.shape), leaf.dtype.name] for leaf in leaves]}
         arrays = {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
         content = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
         try:
             self._manager.save(number, args=content, force=True)
+            self._manager.wait_until_finished()
+            folder = self._folder / str(number)
+            (folder / f"{_DIGEST}.tmp").write_text(_digest(folder), encoding="utf-8")
+            os.replace(folder / f"{_DIGEST}.tmp", folder / _DIGEST)
         except Exception as error:
             raise OSError(f"Expected to write a checkpoint to {self._folder}, got: {_first_line(error)}") from error
 
@@ -98,11 +102,17 @@ class Checkpoints:
         return None
 
     def _read(self, number: int) -> tuple[Position, list[np.ndarray]]:
+        # Before Orbax sees it: what it reads wrong it may hand on, or go on reading when it has given up.
+        folder = self._folder / str(number)
+        if not (folder / _DIGEST).exists():
+            raise ValueError("it was not written to its end")
+        if (folder / _DIGEST).read_text(encoding="utf-8") != _digest(folder):
+            raise ValueError("what it holds is not what was written")
+
         def read(**what: Any) -> Any:
             return self._manager.restore(number, args=ocp.args.Composite(**what))
 
         about: dict[str, Any] = dict(read(about=ocp.args.JsonRestore())["about"])
-        digest = about.pop("digest")
         kinds = [(tuple(shape), jax.numpy.dtype(name)) for shape, name in about.pop("leaves")]
         wanted = {str(i): np.zeros(shape, dtype) for i, (shape, dtype) in enumerate(kinds) if 0 not in shape}
         arrays = read(state=ocp.args.StandardRestore(wanted))["state"]
@@ -110,8 +120,6 @@ class Checkpoints:
             np.asarray(arrays[str(i)]) if 0 not in shape else np.zeros(shape, dtype)
             for i, (shape, dtype) in enumerate(kinds)
         ]
-        if _digest(leaves) != digest:
-            raise ValueError("what it holds is not what was written")
         return Position(**about), leaves
 
 
@@ -119,10 +127,12 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _digest(leaves: list[np.ndarray]) -> str:
+def _digest(folder: Path) -> str:
+    """Of the names and the contents of all files of a checkpoint."""
     found = hashlib.sha256()
-    for leaf in leaves:
-        found.update(np.ascontiguousarray(leaf).tobytes())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_DIGEST)):
+        found.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        found.update(path.read_bytes())
     return found.hexdigest()
 
 

@@ -125,14 +125,8 @@ class NoiseConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageNetCoherenceConfig(CoherenceConfig):
-    """Coherence of a ResNet-50 while it trains on ImageNet, with real and with random labels: the paper's figure.
-
-    `python -m experiments imagenet-coherence --data-dir FOLDER`: 90 epochs with each kind of labels, measured 99
-    times. How many hours: docs/imagenet.md.
-    """
-
-    name: ClassVar[str] = "imagenet-coherence"
+class _OnImageNet:
+    """What the two ImageNet experiments have in common."""
 
     data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "tfds:imagenet2012"
     model: ModelName = "resnet50"
@@ -148,7 +142,18 @@ class ImageNetCoherenceConfig(CoherenceConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageNetNoiseConfig(NoiseConfig):
+class ImageNetCoherenceConfig(_OnImageNet, CoherenceConfig):
+    """Coherence of a ResNet-50 while it trains on ImageNet, with real and with random labels: the paper's figure.
+
+    `python -m experiments imagenet-coherence --data-dir FOLDER`: 90 epochs with each kind of labels, measured 99
+    times. How many hours: docs/imagenet.md.
+    """
+
+    name: ClassVar[str] = "imagenet-coherence"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageNetNoiseConfig(_OnImageNet, NoiseConfig):
     """A ResNet-50 on ImageNet with half of the labels redrawn, SGD against M3: the paper's figure.
 
     `python -m experiments imagenet-noise --data-dir FOLDER`: 90 epochs by SGD, M3 and M3's control, measured after
@@ -157,18 +162,7 @@ class ImageNetNoiseConfig(NoiseConfig):
 
     name: ClassVar[str] = "imagenet-noise"
 
-    data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "tfds:imagenet2012"
-    model: ModelName = "resnet50"
-    estimator: Literal["exact", "batch"] = "batch"
-    weight_decay: float = 1e-4
-    decay_at: tuple[int, ...] = (30, 60, 80)
-    batch_size: int = 256
-    measure_batch_size: int = 256
-    epochs: int = 90
     methods: tuple[MethodName, ...] = ("sgd", "m3", "mean3")
-    save_every: int = 5000
-    smoke: bool = False
-    """Try it: tiny images, a narrow and shallow network, 2 epochs; half a minute on 2 CPU cores."""
 
 
 ImageNet = TypeVar("ImageNet", ImageNetCoherenceConfig, ImageNetNoiseConfig)

@@ -21,6 +21,9 @@ from experiments.devices import writes
 
 _ROOT = Path(__file__).resolve().parent.parent
 
+# Options that change no result: a run can go on with others.
+_FREE = ("data_dir", "read_threads", "save_every")
+
 
 class RunFolder:
     """A folder with config.json, env.json, metrics.jsonl, timings.jsonl, checkpoints/ and, at the end, summary.json,
@@ -83,7 +86,7 @@ def folder_for(out: Path | None, config: Any) -> Path:
     if (out / "config.json").is_file():
         old, new = json.loads((out / "config.json").read_text(encoding="utf-8")), plain(config)
         for key in new | old:
-            if old.get(key) != new.get(key):
+            if key not in _FREE and old.get(key) != new.get(key):
                 change = f"{key}={new.get(key)} where it was begun with {key}={old.get(key)}"
                 raise ValueError(f"Expected the options that the run in out={out} was begun with, got {change}.")
     elif out.exists() and (not out.is_dir() or any(path.name != "config.tmp" for path in out.iterdir())):

@@ -77,7 +77,11 @@ def _cut(newest):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [lambda newest: _flip(_largest_file(newest)), _cut, _no_state])
+def _unfinished(newest):
+    (newest / "sha256").unlink()
+
+
+@pytest.mark.parametrize("damage", [lambda newest: _flip(_largest_file(newest)), _cut, _no_state, _unfinished])
 def test_the_checkpoint_before_a_damaged_one_is_used(finished, run, damage, capsys):
     damage(_newest(run))
     assert _run(run) == 0
@@ -114,6 +118,13 @@ def test_a_finished_run_only_reports_again(run, capsys):
     out = capsys.readouterr().out
     assert "Time of run: " in out
     assert all(f"{what} " in out for what in ("training", "measuring", "saving"))
+
+
+def test_options_that_change_no_result_may_change(run):
+    before = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(_newest(run))
+    assert _run(run, "--save-every", "7", "--read-threads", "3") == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_changed_option_is_an_error_and_nothing_is_lost(run, capsys):
