@@ -183,6 +183,11 @@ def has_custom_vjp(eqn: Any) -> bool:
     return any(name.startswith("custom_vjp") for name in _primitives_of(eqn))
 
 
+def has_custom_rule(eqn: Any) -> bool:
+    """Whether an equation holds a custom_jvp or custom_vjp, whose rule may ask which operands are differentiated."""
+    return any(name.startswith(("custom_jvp", "custom_vjp")) for name in _primitives_of(eqn))
+
+
 def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
     """Whether `jax.jvp` can do f(*primals). It refuses a custom_vjp: at once, or in a jit only when it is compiled."""
     try:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
-from cg_jax.ghost.capture import Nested, Program, Site, evaluate, has_gradient, read_all, uses_of
+from cg_jax.ghost.activity import is_inexact
+from cg_jax.ghost.capture import Nested, Program, Site, differentiated, evaluate, read_all, uses_of
 
 # For each use: its dynamic operands, and the cotangents of its outputs, all [B, ...]; [B, length, ...] in a scan.
 Traces = dict[tuple[int, ...], tuple[list[jax.Array], list[jax.Array]]]
@@ -28,14 +29,17 @@ def backward(
 ) -> tuple[jax.Array, Traces]:
     """(losses [B], what every site saw): the cotangents of Σ wᵢ ℓᵢ at every site's outputs."""
 
-    def one(taps: Any, example: list[jax.Array]) -> tuple[jax.Array, Any]:
-        (loss,), seen = _run(program, env | dict(zip(program.inputs, example, strict=True)), taps)
-        return loss, seen
+    def forward(taps: Any, zero: jax.Array) -> tuple[jax.Array, Any]:
+        def one(taps: Any, example: list[jax.Array]) -> tuple[jax.Array, Any]:
+            (loss,), seen = _run(program, env | dict(zip(program.inputs, example, strict=True)), taps, zero)
+            return loss, seen
+
+        return jax.vmap(one)(taps, examples)
 
     taps = _zero_taps(program, (weights.shape[0],))
     try:
-        losses, pull, seen = jax.vjp(lambda taps: jax.vmap(one)(taps, examples), taps, has_aux=True)
-        (cotangents,) = pull(_compat.vary(weights.astype(losses.dtype), _compat.varying_axes(losses)))
+        losses, pull, seen = jax.vjp(forward, taps, jnp.zeros(()), has_aux=True)
+        cotangents, _ = pull(_compat.vary(weights.astype(losses.dtype), _compat.varying_axes(losses)))
     except (ValueError, NotImplementedError) as error:
         _raise_located(program, error)
         raise
@@ -51,7 +55,7 @@ def backward(
 def _raise_located(program: Program, error: Exception) -> None:
     """The error of a loss that JAX cannot differentiate, with the equation that it cannot."""
     for eqn in program.dynamic:
-        positions = [i for i, atom in enumerate(eqn.invars) if has_gradient(atom)]
+        positions = [i for i, atom in enumerate(eqn.invars) if is_inexact(atom)]
         if positions and not _compat.has_reverse_mode(eqn, positions):
             where = _compat.source_of(eqn) or "an unknown line"
             raise ValueError(
@@ -73,15 +77,17 @@ def _zero_taps(program: Program, leading: tuple[int, ...]) -> dict[int, Any]:
     return taps
 
 
-def _run(program: Program, env: dict[Any, Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
+def _run(
+    program: Program, env: dict[Any, Any], taps: dict[int, Any], zero: jax.Array
+) -> tuple[list[Any], dict[int, Any]]:
     """(results, what the sites saw) of a program for one example; `env` holds all that is static, and the inputs."""
     seen: dict[int, Any] = {}
     for index, eqn in enumerate(program.dynamic):
         operands, found = read_all(eqn.invars, env), program.sites.get(index)
         if isinstance(found, Nested):
-            outs, seen[index] = _run_nested(found, operands, taps[index])
+            outs, seen[index] = _run_nested(found, operands, taps[index], zero)
         else:
-            outs = _compat.bind(eqn, operands)
+            outs = _compat.bind(eqn, differentiated(program.marks.get(index, ()), operands, zero))
         if isinstance(found, Site):
             seen[index] = [operands[i] for i in found.dynamic]
             for k, tap in zip(found.taps, taps[index], strict=True):
@@ -90,14 +96,16 @@ def _run(program: Program, env: dict[Any, Any], taps: dict[int, Any]) -> tuple[l
     return read_all(program.outputs, env), seen
 
 
-def _run_nested(nested: Nested, operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
+def _run_nested(
+    nested: Nested, operands: list[Any], taps: dict[int, Any], zero: jax.Array
+) -> tuple[list[Any], dict[int, Any]]:
     """A scan that takes taps and hands out what the sites of every step saw, stacked; a checkpoint, likewise."""
     body, call = nested.body, nested.call
 
     def once(operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
         env = body.constants | dict(zip(body.all_inputs, operands, strict=True))
         evaluate(body.static, env)
-        return _run(body, env, taps)
+        return _run(body, env, taps, zero)
 
     if call.length is None:
         return _compat.checkpoint_like(nested.eqn, once)(operands, taps)

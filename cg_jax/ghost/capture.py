@@ -1,8 +1,9 @@
 """From a loss to its parameter uses: which equations a parameter meets a value of the example in.
 
 A value is *static* when it follows from parameters and constants alone, else *dynamic* (it depends on the example). An
-equation with a static operand that carries a gradient to a parameter, and with a dynamic result, is a `Site`. Its
-static operands are *views* of the parameters: computed once, outside the batch.
+equation with a static operand that carries a gradient to a parameter, and with a dynamic result through which that
+gradient passes, is a `Site`. Its static operands are *views* of the parameters: computed once, outside the batch.
+Where no gradient passes (a stop_gradient before it or after it), there is no site, and nothing is paid for.
 
 The body of a scan or of a checkpoint is a program too (`Nested`), whose parameters are the views that the equation is
 given. What does not fit, a parameter in the carry for one, stays one opaque site.
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
+from cg_jax.ghost import activity
 from cg_jax.per_example import LossFn, checked_loss
 
 PyTree = Any
@@ -28,7 +30,8 @@ class Site:
     eqn: Any
     views: tuple[int, ...]  # positions of the operands that carry a gradient to a parameter
     dynamic: tuple[int, ...]  # positions of the operands that depend on the example
-    taps: tuple[int, ...]  # positions of the outputs that have a gradient
+    tangents: tuple[int, ...]  # positions of all operands that carry a tangent in jax.grad
+    taps: tuple[int, ...]  # positions of the outputs that a gradient passes through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,10 @@ class Program:
     static: tuple[Any, ...]  # equations to evaluate once
     dynamic: tuple[Any, ...]  # equations to evaluate for each example
     sites: dict[int, Site | Nested]  # index into `dynamic` → what is there
+    marks: dict[int, tuple[int, ...]]  # index into `dynamic` → static operands that a custom rule must see differentiated
     reach: dict[Any, frozenset[int]]  # static variable → parameters that its gradient reaches
     outputs: tuple[Any, ...]
+    depends: bool  # whether the first output is computed from a parameter, with a gradient or without
 
     def has_custom_vjp(self) -> bool:
         """Whether a zero cotangent may come back as something else than zero."""
@@ -132,89 +137,154 @@ def _flat(jaxpr: Any, constants: Sequence[Any], in_body: bool) -> Any:
     return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands, in_body))(*avals)
 
 
-def has_gradient(var: Any) -> bool:
-    """Whether a value is real or complex; a complex one may stand on the way from a parameter to the loss."""
-    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
-
-
 def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, example: PyTree) -> Program:
     """Trace loss_fn at the differentiable leaves `kept` and one example."""
     closed = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example)
     flat = _flat(closed.jaxpr, closed.consts, in_body=False)
     split = len(jax.tree.leaves(kept))
-    return _classify(flat, flat.jaxpr.invars[:split], flat.jaxpr.invars[split:], nest=True)
+    return _classify(flat, flat.jaxpr.invars[:split], flat.jaxpr.invars[split:], (), flat.jaxpr.outvars[:1], nest=True)
 
 
-def _classify(flat: Any, parameters: Sequence[Any], inputs: Sequence[Any], nest: bool) -> Program:
-    """Sort the equations of a flat jaxpr; with `nest`, look into the bodies of scans and checkpoints."""
+def _classify(
+    flat: Any, parameters: Sequence[Any], inputs: Sequence[Any], active: Sequence[Any], results: Sequence[Any], nest: bool
+) -> Program:
+    """Sort the equations of a flat jaxpr; with `nest`, look into the bodies of scans and checkpoints.
+
+    `active` are the inputs that carry a tangent, `results` the variables that cotangents come from.
+    """
     reach: dict[Any, frozenset[int]] = {var: frozenset({i}) for i, var in enumerate(parameters)}
-    varying = set(inputs)
+    depends, varying, carrying = set(parameters), set(inputs), set(active)
     static: list[Any] = []
-    dynamic: list[Any] = []
-    sites: dict[int, Site | Nested] = {}
+    dynamic: list[tuple[Any, tuple[int, ...]]] = []  # equations, and which of their results carry a tangent
     for eqn in leading_to([out for out in flat.jaxpr.outvars if is_var(out)], flat.jaxpr.eqns):
         operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
-        views = tuple(i for i, var in enumerate(operands) if reach.get(var))
-        moving = tuple(i for i, var in enumerate(operands) if var in varying)
+        if any(var in depends for var in operands):
+            depends.update(eqn.outvars)
+        passing = [i for i, var in enumerate(operands) if var in carrying or reach.get(var)]
+        outs = activity.active_outputs(eqn, passing) if passing else ()
         # What draws nothing from the example may still have to run for each of them: a side effect.
-        if not moving and not eqn.effects:
+        if not any(var in varying for var in operands) and not eqn.effects:
             static.append(eqn)
-            touched = frozenset().union(*(reach[operands[i]] for i in views))
-            reach.update((out, touched) for out in eqn.outvars if touched and has_gradient(out))
+            touched = frozenset().union(*(reach.get(var, frozenset()) for var in operands))
+            reach.update((eqn.outvars[k], touched) for k in outs)
             continue
         varying.update(eqn.outvars)
-        if views:
-            taps = tuple(i for i, out in enumerate(eqn.outvars) if has_gradient(out))
-            nested = _nested(eqn, views, moving) if nest else None
-            sites[len(dynamic)] = nested or Site(eqn, views, moving, taps)
-        dynamic.append(eqn)
+        carrying.update(eqn.outvars[k] for k in outs)
+        dynamic.append((eqn, outs))
+    marks = {
+        index: tuple(i for i, var in enumerate(eqn.invars) if is_var(var) and reach.get(var))
+        for index, (eqn, outs) in enumerate(dynamic)
+        if outs and _compat.has_custom_rule(eqn)
+    }
     return Program(
         constants=dict(zip(flat.jaxpr.constvars, map(jnp.asarray, flat.consts), strict=True)),
         all_inputs=tuple(flat.jaxpr.invars),
         parameters=tuple(parameters),
         inputs=tuple(inputs),
         static=tuple(static),
-        dynamic=tuple(dynamic),
-        sites=sites,
+        dynamic=tuple(eqn for eqn, _ in dynamic),
+        sites=_sites(dynamic, reach, varying, carrying, results, nest),
+        marks=marks,
         reach=reach,
         outputs=tuple(flat.jaxpr.outvars),
+        depends=any(out in depends for out in flat.jaxpr.outvars[:1] if is_var(out)),
     )
 
 
-def _nested(eqn: Any, views: tuple[int, ...], moving: tuple[int, ...]) -> Nested | None:
+def _sites(
+    dynamic: Sequence[tuple[Any, tuple[int, ...]]],
+    reach: dict[Any, frozenset[int]],
+    varying: set[Any],
+    carrying: set[Any],
+    results: Sequence[Any],
+    nest: bool,
+) -> dict[int, Site | Nested]:
+    """Where a cotangent that comes from the results meets a parameter, by index into `dynamic`."""
+    wanted = {out for out in results if is_var(out) and out in carrying}
+    sites: dict[int, Site | Nested] = {}
+    for index in reversed(range(len(dynamic))):
+        eqn, outs = dynamic[index]
+        taps = tuple(k for k in outs if eqn.outvars[k] in wanted)
+        if not taps:
+            continue
+        operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
+        wanted.update(var for var in operands if var in carrying)
+        views = tuple(i for i, var in enumerate(operands) if reach.get(var))
+        if views:
+            moving = tuple(i for i, var in enumerate(operands) if var in varying)
+            tangents = tuple(i for i, var in enumerate(operands) if var in carrying or i in views)
+            site = Site(eqn, views, moving, tangents, taps)
+            sites.update((index, each) for each in _taken_apart(site, outs, nest))
+    return dict(sorted(sites.items()))
+
+
+def _taken_apart(site: Site, outs: tuple[int, ...], nest: bool) -> list[Site | Nested]:
+    """A site as what it holds: the sites of its body, itself, or nothing where no gradient passes from any view."""
+    nested = _nested(site, outs) if nest else None
+    if nested is not None:
+        return [nested] if nested.body.sites else []
+    views = site.views
+    if not activity.passes_on(site.eqn):
+        views = tuple(i for i in views if set(activity.active_outputs(site.eqn, [i])) & set(site.taps))
+    return [dataclasses.replace(site, views=views)] if views else []
+
+
+def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
     """The body of a scan or checkpoint as a program; None where its sites cannot be told from the equation as a whole.
 
     That is so when a parameter is in the carry, when a result hangs on parameters alone, or when a custom_vjp stands
     between a parameter and its uses: it must be given the sum of their cotangents, not one after the other.
     """
-    call = _compat.body_of(eqn)
+    eqn, call = site.eqn, _compat.body_of(site.eqn)
     if call is None or eqn.effects or call.length == 0:
         return None
     carry = range(call.num_consts, call.num_consts + call.num_carry)
-    if set(views) & set(carry):
+    if set(site.views) & set(carry):
         return None
     flat = _flat(call.jaxpr, call.consts, in_body=True)
     variables = flat.jaxpr.invars
     # What is carried is another in every step, so it is never static, even where it is the same for all examples.
-    inputs = [var for i, var in enumerate(variables) if i in moving or i in carry]
-    body = _classify(flat, [variables[i] for i in views], inputs, nest=False)
+    inputs = [var for i, var in enumerate(variables) if i in site.dynamic or i in carry]
+    active = [variables[i] for i in site.tangents if i in site.dynamic and i not in carry]
+    active += [variables[call.num_consts + k] for k in outs if k < call.num_carry]
+    results = [flat.jaxpr.outvars[k] for k in _results_of_body(flat, call, site.taps, outs)]
+    body = _classify(flat, [variables[i] for i in site.views], inputs, active, results, nest=False)
     if any(_compat.has_custom_vjp(static) for static in body.static):
         return None
-    if not body.sites or any(body.reach.get(out) for out in body.outputs if is_var(out)):
+    if any(body.reach.get(out) for out in body.outputs if is_var(out)):
         return None
-    operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in moving and i not in carry}
+    operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in site.dynamic and i not in carry}
     return Nested(eqn, call, body, operands, None if call.length is None else _compat.checkpoint_in(call.jaxpr))
+
+
+def _results_of_body(flat: Any, call: _compat.Body, taps: tuple[int, ...], outs: tuple[int, ...]) -> set[int]:
+    """The results of a body that cotangents come from: of a carry, also through the steps that follow."""
+    results, carried = set(taps), {k for k in outs if k < call.num_carry}
+    while True:
+        used = leading_to([v for k in results if is_var(v := flat.jaxpr.outvars[k])], flat.jaxpr.eqns)
+        atoms = [*(atom for eqn in used for atom in eqn.invars), *(flat.jaxpr.outvars[k] for k in results)]
+        read = {atom for atom in atoms if is_var(atom)}
+        more = {k for k in carried - results if flat.jaxpr.invars[call.num_consts + k] in read}
+        if not more:
+            return results
+        results |= more
+
+
+def differentiated(positions: Sequence[int], operands: Sequence[Any], zero: jax.Array) -> list[Any]:
+    """The operands of an equation; those at `positions` are differentiated where `zero` is, for a rule that asks.
+
+    A rule with symbolic_zeros=True answers by which operands carry a tangent, so they must be those of jax.grad. The
+    added zero is folded away when it is compiled.
+    """
+    values = list(operands)
+    for i in positions:
+        values[i] = values[i] + zero.astype(values[i].dtype)
+    return values
 
 
 def is_var(atom: Any) -> bool:
     """Whether an operand is a variable."""
     return not _compat.is_literal(atom)
-
-
-def reaches_parameters(program: Program) -> bool:
-    """Whether any gradient flows from the loss to a parameter."""
-    (output,) = program.outputs
-    return bool(program.sites) or (is_var(output) and bool(program.reach.get(output)))
 
 
 def leading_to(variables: Sequence[Any], eqns: Sequence[Any]) -> list[Any]:

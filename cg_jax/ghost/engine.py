@@ -31,7 +31,7 @@ def statistics(
     kept = jax.tree.map(jnp.asarray, kept)
     _validate.something_to_differentiate(kept)
     program = capture.capture(loss_fn, kept, rest, example_of(batch))
-    _validate.dependence(capture.reaches_parameters(program))
+    _validate.dependence(program.depends)
     size = jax.tree.leaves(batch)[0].shape[0]
     keep = weights
     weights = jnp.ones(size) if weights is None else weights

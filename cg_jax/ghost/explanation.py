@@ -7,7 +7,7 @@ import jax
 
 from cg_jax import _compat, _validate, trees
 from cg_jax.ghost import plan
-from cg_jax.ghost.capture import Use, capture, reaches_parameters
+from cg_jax.ghost.capture import Use, capture
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.rules import rule_for
@@ -83,7 +83,7 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
     kept, rest = trees.partition(params)
     _validate.something_to_differentiate(kept)
     program = capture(loss_fn, kept, jax.tree.map(_value, rest), example)
-    _validate.dependence(reaches_parameters(program))
+    _validate.dependence(program.depends)
     todo = plan.make_plan(program, max_bytes)
     used = {i: [use for use, _ in uses] for i, uses in plan.uses_by_parameter(program).items()}
     made = {tensor.parameter: _by_rule(tensor) for tensor in todo.rules}

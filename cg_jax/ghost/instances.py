@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cg_jax import _compat, trees
-from cg_jax.ghost.capture import Nested, Program, Site, Use, evaluate, leading_to, read_all
+from cg_jax.ghost.capture import Nested, Program, Site, Use, differentiated, evaluate, leading_to, read_all
 from cg_jax.ghost.plan import GroupPlan
 from cg_jax.per_example import LossFn
 
@@ -54,15 +55,16 @@ def by_whole_loss(
     """The function of one example → its gradients with respect to the group's tensors, by the whole loss."""
 
     def gradient(example: PyTree) -> list[jax.Array]:
-        def of_tensors(values: list[jax.Array]) -> jax.Array:
-            filled = list(leaves)
-            for place, value in zip(group.parameters, values, strict=True):
-                filled[place] = value
-            return loss(jax.tree.unflatten(structure, filled), example)
-
-        return trees.accumulate(jax.grad(of_tensors)([leaves[i] for i in group.parameters]))
+        # By all tensors, as in jax.grad: a rule may ask which are differentiated. What is not read is not computed.
+        grads = jax.grad(lambda values: loss(jax.tree.unflatten(structure, values), example))(leaves)
+        return trees.accumulate([grads[i] for i in group.parameters])
 
     return gradient
+
+
+def _marks(site: Site, positions: Sequence[int]) -> list[int]:
+    """The operands beside those at `positions` that a custom rule must see differentiated."""
+    return [i for i in site.tangents if i not in positions] if _compat.has_custom_rule(site.eqn) else []
 
 
 def operands_of(site: Site, env: dict[Any, Any], seen: list[jax.Array]) -> list[Any]:
@@ -78,18 +80,23 @@ def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Tra
     seen, cotangents = trace
     if use.nested is not None:
         return _of_nested(use, use.nested, positions, env, trace)
-    _, pull = jax.vjp(*outputs_by_views(use.site, positions, env, seen))
+    outputs, views = outputs_by_views(use.site, positions, env, seen)
+    _, pull = jax.vjp(outputs, views, jnp.zeros(()))
     return [(use.site.eqn.invars[p], part) for p, part in zip(positions, pull(cotangents)[0], strict=True)]
 
 
 def outputs_by_views(
     site: Site, positions: tuple[int, ...], env: dict[Any, Any], seen: list[jax.Array]
-) -> tuple[Callable[[list[jax.Array]], list[jax.Array]], list[jax.Array]]:
-    """(one example's tapped outputs of a site as a function of the views at `positions`, the values of the views)."""
-    values = operands_of(site, env, seen)
+) -> tuple[Callable[[list[jax.Array], jax.Array], list[jax.Array]], list[jax.Array]]:
+    """(one example's tapped outputs of a site as a function of the views at `positions` and a zero, the views' values).
 
-    def outputs(views: list[jax.Array]) -> list[jax.Array]:
-        filled = list(values)
+    Differentiated by both, the operands that carry a tangent are those that do in jax.grad.
+    """
+    values = operands_of(site, env, seen)
+    others = _marks(site, positions)
+
+    def outputs(views: list[jax.Array], zero: jax.Array) -> list[jax.Array]:
+        filled = differentiated(others, values, zero)
         for position, view in zip(positions, views, strict=True):
             filled[position] = view
         outs = _compat.bind(site.eqn, filled)
@@ -112,15 +119,17 @@ def _of_nested(
     def of_step(slices: list[Any], seen: list[jax.Array], cotangents: list[jax.Array]) -> list[jax.Array]:
         step = local | dict(zip(sliced, slices, strict=True))
 
-        def outputs(values: list[jax.Array]) -> list[jax.Array]:
+        def outputs(values: list[jax.Array], zero: jax.Array) -> list[jax.Array]:
             filled = step | dict(zip(wanted, values, strict=True))
             evaluate(body.static, filled)
-            outs = _compat.bind(site.eqn, operands_of(site, filled, seen))
+            operands = operands_of(site, filled, seen)
+            outs = _compat.bind(site.eqn, differentiated(others, operands, zero))
             return [outs[k] for k in site.taps]
 
-        _, pull = jax.vjp(outputs, [step[var] for var in wanted])
+        _, pull = jax.vjp(outputs, [step[var] for var in wanted], jnp.zeros(()))
         return pull(cotangents)[0]
 
+    others = _marks(site, positions)
     outer = [nested.operands[var] for var in wanted]
     if nested.call.length is None:
         return list(zip(outer, of_step([], *trace), strict=True))

@@ -96,7 +96,7 @@ def _along(use: Use, position: int, env: dict[Any, Any], tangent: jax.Array, tra
     def one(trace: Any) -> jax.Array:
         seen, cotangents = trace
         outputs, views = instances.outputs_by_views(use.site, (position,), env, seen)
-        _, moved = jax.jvp(outputs, (views,), ([tangent],))
+        _, moved = jax.jvp(lambda views: outputs(views, jnp.zeros(())), (views,), ([tangent],))
         parts = [
             jnp.vdot(c.astype(trees.accumulator_dtype(c.dtype)), m.astype(trees.accumulator_dtype(m.dtype)))
             for c, m in zip(cotangents, moved, strict=True)

@@ -1,0 +1,80 @@
+"""Which results of an equation carry a tangent, given which operands do: exactly what jax.grad would see.
+
+A value is *active* when jax.grad carries a tangent to it from a parameter. stop_gradient, sign and their like end
+activity, and a rule with `symbolic_zeros=True` may. Most primitives pass it on to every inexact result; the others are
+asked, by differentiating the one equation with a probe on each of its results.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from cg_jax import _compat
+
+# Primitives with no derivative at all in any result.
+_ENDS = frozenset({"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"})
+# Primitives that pass a tangent on from any inexact operand to every inexact result.
+_PASSES_ON = frozenset(
+    "abs add add_any atan2 broadcast_in_dim clamp complex concatenate conj conv_general_dilated copy cos cosh cumsum "
+    "cumlogsumexp cummax cummin cumprod div dot_general dynamic_slice dynamic_update_slice erf erfc erf_inv exp exp2 "
+    "expand_dims expm1 fft gather imag integer_pow lgamma log log1p logistic max min mul name neg "
+    "pad pow real reduce_max reduce_min reduce_sum reshape rev rsqrt scatter scatter-add "
+    "select_n sharding_constraint sin sinh slice split sqrt square squeeze sub tan tanh transpose".split()
+)
+
+
+def is_inexact(var: Any) -> bool:
+    """Whether a variable holds real or complex numbers, so that it may carry a tangent."""
+    return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
+
+
+def passes_on(eqn: Any) -> bool:
+    """Whether every inexact operand passes a tangent on to every inexact result."""
+    return eqn.primitive.name == "convert_element_type" or eqn.primitive.name in _PASSES_ON
+
+
+def active_outputs(eqn: Any, operands: Sequence[int]) -> tuple[int, ...]:
+    """Positions of the results that carry a tangent where the operands at these positions do."""
+    operands = [i for i in operands if is_inexact(eqn.invars[i])]
+    inexact = tuple(k for k, out in enumerate(eqn.outvars) if is_inexact(out))
+    if not operands or eqn.primitive.name in _ENDS:
+        return ()
+    if passes_on(eqn):
+        return inexact
+    return tuple(k for k, active in zip(inexact, _probed(eqn, operands, inexact), strict=True) if active)
+
+
+def _probed(eqn: Any, operands: Sequence[int], outputs: Sequence[int]) -> list[bool]:
+    """What JAX says of one equation; all are active where JAX cannot differentiate it."""
+    active = [False] * len(outputs)
+
+    def probe(k: int, value: Any) -> Any:
+        @jax.custom_jvp
+        def identity(x: Any) -> Any:
+            return x
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            active[k] = not isinstance(tangents[0], SymbolicZero)
+            return primals[0], jnp.zeros_like(primals[0])
+
+        identity.defjvp(rule, symbolic_zeros=True)
+        return identity(value)
+
+    def outputs_of(differentiated: list[Any], values: list[Any]) -> list[Any]:
+        values = list(values)
+        for position, value in zip(operands, differentiated, strict=True):
+            values[position] = value
+        outs = _compat.bind(eqn, values)
+        return [probe(k, outs[position]) for k, position in enumerate(outputs)]
+
+    def differentiate(values: list[Any]) -> Any:
+        return jax.vjp(lambda some: outputs_of(some, values), [values[i] for i in operands])[0]
+
+    try:
+        jax.eval_shape(differentiate, [atom.aval for atom in eqn.invars])
+    except (ValueError, TypeError, NotImplementedError):
+        return [True] * len(outputs)
+    return active
