@@ -65,9 +65,12 @@ class Program:
     static: tuple[Any, ...]  # equations to evaluate once
     dynamic: tuple[Any, ...]  # equations to evaluate for each example
     sites: dict[int, Site | Nested]  # index into `dynamic` → what is there
-    marks: dict[int, tuple[int, ...]]  # index into `dynamic` → static operands that a custom rule must see differentiated
+    marks: dict[
+        int, tuple[int, ...]
+    ]  # index into `dynamic` → static operands that a custom rule must see differentiated
     reach: dict[Any, frozenset[int]]  # static variable → parameters that its gradient reaches
     outputs: tuple[Any, ...]
+    producers: dict[Any, Any]  # static variable → the equation that makes it
     depends: bool  # whether the first output is computed from a parameter, with a gradient or without
 
     def has_custom_vjp(self) -> bool:
@@ -146,7 +149,12 @@ def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, example: PyTree) -> Pro
 
 
 def _classify(
-    flat: Any, parameters: Sequence[Any], inputs: Sequence[Any], active: Sequence[Any], results: Sequence[Any], nest: bool
+    flat: Any,
+    parameters: Sequence[Any],
+    inputs: Sequence[Any],
+    active: Sequence[Any],
+    results: Sequence[Any],
+    nest: bool,
 ) -> Program:
     """Sort the equations of a flat jaxpr; with `nest`, look into the bodies of scans and checkpoints.
 
@@ -187,6 +195,7 @@ def _classify(
         marks=marks,
         reach=reach,
         outputs=tuple(flat.jaxpr.outvars),
+        producers={out: eqn for eqn in static for out in eqn.outvars},
         depends=any(out in depends for out in flat.jaxpr.outvars[:1] if is_var(out)),
     )
 
@@ -300,7 +309,12 @@ def leading_to(variables: Sequence[Any], eqns: Sequence[Any]) -> list[Any]:
 def evaluate(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
     """Evaluate equations, in order, into `env`."""
     for eqn in eqns:
-        env.update(zip(eqn.outvars, _compat.bind(eqn, read_all(eqn.invars, env)), strict=True))
+        env.update(zip(eqn.outvars, evaluated(eqn, env), strict=True))
+
+
+def evaluated(eqn: Any, env: dict[Any, Any]) -> list[Any]:
+    """The results of one equation."""
+    return _compat.bind(eqn, read_all(eqn.invars, env))
 
 
 def read_all(atoms: Sequence[Any], env: dict[Any, Any]) -> list[Any]:

@@ -47,7 +47,10 @@ def conv_general_dilated(eqn: Any, view: int) -> Product | None:
         spread = spread.reshape(groups * features, channels, *window)
         return spread.transpose(*(numbers.rhs_spec.index(axis) for axis in range(len(kernel))))
 
-    return Product(factors, to_view, (groups, t, d, features), params["precision"], rearranges=False)
+    # Only where they stand so are the axes of D in the order of the kernel's.
+    in_order = groups == 1 and numbers.rhs_spec == (len(kernel) - 1, len(kernel) - 2, *range(len(window)))
+    sides = "D" * (len(kernel) - 1) + "P" if in_order else None
+    return Product(factors, to_view, (groups, t, d, features), params["precision"], rearranges=False, sides=sides)
 
 
 def _places(window: tuple[int, ...]) -> list[tuple[int, ...]]:

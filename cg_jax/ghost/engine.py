@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, _validate, trees
-from cg_jax.ghost import capture, instances, plan, scalars, views
+from cg_jax.ghost import capture, instances, plan, scalars
 from cg_jax.ghost.backward import Traces, backward
-from cg_jax.ghost.capture import Program, Site, Use, evaluate, read_all
+from cg_jax.ghost.capture import Program, Use, evaluate, read_all
 from cg_jax.ghost.plan import RulePlan, Yield
 from cg_jax.ghost.product import Product
+from cg_jax.ghost.rules import Norm
+from cg_jax.ghost.uses import to_parameter
 from cg_jax.per_example import LossFn, checked_loss, example_of
 
 PyTree = Any
@@ -93,30 +95,34 @@ def _same_for_all(loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array)
 
 
 def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces) -> Yield:
-    """A tensor whose one use has a rule."""
-    site, rule = tensor.use.site, tensor.rule
-    operands, (cotangent,) = traces[tensor.use.key]
-    dtype = trees.accumulator_dtype(tensor.view.aval.dtype)
-    if not isinstance(rule, Product):
-        sq_norms = _in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
+    """A tensor whose uses have a rule."""
+    parameter = program.parameters[tensor.parameter]
+    dtype = trees.accumulator_dtype(parameter.aval.dtype)
+    use, _ = tensor.places[0]
+    operands, (cotangent,) = traces[use.key]
+    if isinstance(tensor.rule, Norm):
+        sq_norms = _in_chunks(lambda row: tensor.rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
         if sq_norms.ndim != 1:
             raise ValueError(
-                f"Expected the rule of {site.eqn.primitive.name} to give one number for each example, its ‖g‖², got an "
-                f"array of shape {sq_norms.shape[1:]}."
+                f"Expected the rule of {use.site.eqn.primitive.name} to give one number for each example, its ‖g‖², got "
+                f"an array of shape {sq_norms.shape[1:]}."
             )
-        total = None
-    elif tensor.form == "instantiate":
-        sq_norms, total = instantiated(rule, operands[0], cotangent, dtype, tensor.chunk)
+        return sq_norms.astype(dtype), _sum_by_vjp(program, env, tensor, operands, cotangent).astype(dtype)
+    rule = tensor.bound(program, env)
+    x: Any = operands[0]
+    if len(tensor.places) > 1:
+        x = [traces[use.key][0][0] for use, _ in tensor.places]
+        cotangent = [traces[use.key][1][0] for use, _ in tensor.places]
+    if tensor.form == "instantiate":
+        sq_norms, total = instantiated(rule, x, cotangent, dtype, tensor.chunk)
     else:
-        sq_norms = without_gradients(rule, tensor.form, operands[0], cotangent, dtype, tensor.chunk)
+        sq_norms = without_gradients(rule, tensor.form, x, cotangent, dtype, tensor.chunk)
         # Patches are many times the input: there, where it can, the primitive's own vjp forms the sum.
-        total = sum_of_products(rule, operands[0], cotangent, dtype) if rule.rearranges else None
-    if total is None:
-        total = _sum_by_vjp(site, _env_of(tensor.use, env), operands, cotangent, dtype)
-    parameter = program.parameters[tensor.parameter]
-    total = views.undo_view(tensor.rearranged_by, parameter, tensor.view, total)
-    out_dtype = trees.accumulator_dtype(parameter.aval.dtype)
-    return sq_norms.astype(out_dtype), total.astype(out_dtype)
+        if rule.rearranges:
+            total = sum_of_products(rule, x, cotangent, dtype)
+        else:
+            total = _sum_by_vjp(program, env, tensor, operands, cotangent)
+    return sq_norms.astype(dtype), total.astype(dtype)
 
 
 def _env_of(use: Use, env: dict[Any, Any]) -> dict[Any, Any]:
@@ -138,11 +144,13 @@ def instantiated(product: Product, x: jax.Array, cotangent: jax.Array, dtype: An
     dot = functools.partial(_dot, product, dtype)
     flip = plan.is_faster_flipped(product)
     order = "pd" if flip else "dp"
+    scale = product.scale.swapaxes(1, 2) if flip and product.scale is not None else product.scale
 
     def gradient(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, b = product.factors(*operands)
         # One product is not a batch of one: XLA does it faster.
-        return dot(f"td,tp->{order}", a[0], b[0])[None] if a.shape[0] == 1 else dot(f"ntd,ntp->n{order}", a, b)
+        g = dot(f"td,tp->{order}", a[0], b[0])[None] if a.shape[0] == 1 else dot(f"ntd,ntp->n{order}", a, b)
+        return g if scale is None else g * scale.astype(g.dtype)
 
     sq_norms, total = _accumulate(gradient, (x, cotangent), chunk)
     return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
@@ -157,7 +165,10 @@ def without_gradients(
     def sq_norm(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, b = product.factors(*row)
         if form == "closed":
-            return (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum()
+            if product.scale is None:
+                return (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum()
+            a, b, scale = (jnp.square(each.astype(dtype)) for each in (a[:, 0], b[:, 0], product.scale))
+            return (dot("nd,ndp->np", a, scale) * b).sum()
         return _gram(dot, a, b)
 
     return _in_chunks(sq_norm, (x, cotangent), chunk)
@@ -183,7 +194,8 @@ def _gram(dot: Callable[..., jax.Array], a: jax.Array, b: jax.Array) -> jax.Arra
 def sum_of_products(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
     """Σ AᵀB over the batch, as the view's gradient."""
     a, b = jax.vmap(product.factors)(x, cotangent)
-    return product.to_view(_dot(product, dtype, "bntd,bntp->ndp", a, b))
+    total = _dot(product, dtype, "bntd,bntp->ndp", a, b)
+    return product.to_view(total if product.scale is None else total * product.scale.astype(dtype))
 
 
 def _in_chunks(f: Callable[[Any], jax.Array], rows: PyTree, chunk: int) -> jax.Array:
@@ -196,9 +208,13 @@ def _last_axis_sq_norms(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(trees.accumulator_dtype(x.dtype))).sum(-1)
 
 
-def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangent: jax.Array, dtype: Any) -> jax.Array:
-    """Σ over the batch of the gradients of a site's one view, as an ordinary backward pass forms it, in `dtype`."""
-    (position,) = site.views
+def _sum_by_vjp(
+    program: Program, env: dict[Any, Any], tensor: RulePlan, seen: list[jax.Array], cotangent: jax.Array
+) -> jax.Array:
+    """Σ over the batch of a tensor's gradients at its one use, as an ordinary backward pass forms it, accumulated."""
+    ((use, position),), (path,) = tensor.places, tensor.paths
+    site, local = use.site, _env_of(use, env)
+    dtype = trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
     changed = {"preferred_element_type": None} if "preferred_element_type" in site.eqn.params else {}
 
     def widen(x: jax.Array) -> jax.Array:
@@ -206,14 +222,15 @@ def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangen
 
     def outputs(view: jax.Array) -> jax.Array:
         def one(example: list[jax.Array]) -> jax.Array:
-            values = instances.operands_of(site, env, example)
+            values = instances.operands_of(site, local, example)
             values[position] = view
             return _compat.bind(site.eqn, values, **changed)[0]
 
         return jax.vmap(one)([widen(x) for x in seen])
 
-    _, pull = jax.vjp(outputs, widen(env[site.eqn.invars[position]]))
-    return pull(widen(cotangent))[0]
+    _, pull = jax.vjp(outputs, widen(local[site.eqn.invars[position]]))
+    total = pull(widen(cotangent))[0]
+    return to_parameter(program, tensor.places[0], path, tensor.parameter, env, total)
 
 
 def _accumulate(gradient: Callable[[Any], PyTree], operands: PyTree, chunk: int) -> tuple[PyTree, PyTree]:

@@ -125,12 +125,11 @@ def _by_rule(tensor: RulePlan) -> tuple[str, int, int, int, str]:
     """(rule, operations, bytes, chunk, why it falls back)."""
     rule, form = tensor.rule, tensor.form
     if not isinstance(rule, Product):
-        size = plan.norm_bytes(tensor.use)
+        size = plan.norm_bytes(tensor.places[0][0])
         return form, 3 * size // 4, 2 * size, tensor.chunk, ""
     n, t, d, p = rule.dims
     norm = {"closed": 2 * n * (d + p), "gram": 2 * n * t * t * (d + p + 1), "instantiate": 2 * n * d * p}[form]
-    itemsize = trees.accumulator_dtype(tensor.view.aval.dtype).itemsize
-    return form, norm + 2 * n * t * d * p, plan.product_bytes(rule, form, itemsize), tensor.chunk, ""
+    return form, norm + 2 * n * t * d * p, plan.product_bytes(rule, form, tensor.itemsize), tensor.chunk, ""
 
 
 def _in_group(group: GroupPlan, k: int, uses: list[Use], size: int) -> tuple[str, int, int, int, str]:

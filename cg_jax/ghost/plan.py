@@ -20,9 +20,10 @@ import jax.numpy as jnp
 
 from cg_jax import _compat, trees
 from cg_jax.ghost.capture import Program, Use, leading_to, uses_of
-from cg_jax.ghost.product import Product, lift
+from cg_jax.ghost.product import Product
 from cg_jax.ghost.rules import Norm, rule_for
-from cg_jax.ghost.views import isometric_view, undo_view
+from cg_jax.ghost.uses import Path, Place, path_of, product_of, together
+from cg_jax.ghost.views import is_isometric, path_to
 
 # What a tensor is asked for: squared norms [B], and the sum over the batch.
 Yield = tuple[jax.Array, jax.Array]
@@ -41,15 +42,24 @@ _CACHE_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class RulePlan:
-    """A tensor with one use, seen through rearrangements only, whose primitive has a rule."""
+    """A tensor whose uses have a rule: one use, or several that are one product."""
 
     parameter: int
-    use: Use
-    view: Any  # variable of the outermost program
-    rearranged_by: tuple[Any, ...]  # equations from the parameter to the view
-    rule: Product | Norm
+    places: tuple[Place, ...]
+    paths: tuple[Path, ...]  # from the parameter, one for each place
+    rule: Product | Norm  # of a product, its sizes are for planning: `bound` is the one to compute with
     form: str  # "closed", "gram" or "instantiate" for a product; "norm"
     chunk: int  # examples whose arrays are built at once
+    itemsize: int  # of the tensor's accumulator dtype
+
+    def bound(self, program: Program, env: dict[Any, Any]) -> Product:
+        """The product, given the static values."""
+        pairs = zip(self.places, self.paths, strict=True)
+        alone = len(self.places) == 1
+        products = [product_of(program, place, path, self.parameter, env, alone) for place, path in pairs]
+        product = products[0] if len(products) == 1 else together([each for each in products if each is not None])
+        assert product is not None  # it was there without values
+        return product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +112,10 @@ def _scalar_uses(program: Program, found: dict[int, list[tuple[Use, int]]]) -> l
         var = use.site.eqn.invars[position]
         if use.nested is not None or var.aval.size != 1 or not jnp.issubdtype(var.aval.dtype, jnp.floating):
             return False
-        if isometric_view(program, var) is not None or not _compat.has_reverse_mode(use.site.eqn, [position]):
+        steps = [path_to(program, parameter, var) for parameter in program.reach[var]]
+        if all(each is not None and is_isometric(each) for each in steps) or not _compat.has_reverse_mode(
+            use.site.eqn, [position]
+        ):
             return False
         return not any(map(_compat.has_custom_vjp, (use.site.eqn, *leading_to([var], program.static))))
 
@@ -132,56 +145,63 @@ def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:
     return frozenset().union(*(program.reach[var] for var in use.variables(position)))
 
 
-def _rule_plan(program: Program, parameter: int, uses: list[tuple[Use, int]], limit: int) -> RulePlan | str:
+def _rule_plan(program: Program, parameter: int, places: list[Place], limit: int) -> RulePlan | str:
     """The plan of a tensor by a rule, or why there is none; an elementwise use has no need of one, and no reason."""
-    if len(uses) > 1:
-        return f"used {len(uses)} times: gradients add up before they are squared"
-    ((use, position),) = uses
-    name = use.site.eqn.primitive.name
+    many = f"used {len(places)} times: gradients add up before they are squared"
+    paths = [path_of(program, use, position, parameter) for use, position in places]
+    if len(places) == 1 and (reason := _without_rule(program, places[0], paths[0])) is not None:
+        return reason
+    itemsize = trees.accumulator_dtype(program.parameters[parameter].aval.dtype).itemsize
+    if len(places) == 1 and isinstance(rule := rule_for(places[0][0].site.eqn, places[0][1]), Norm):
+        return RulePlan(
+            parameter, tuple(places), tuple(paths), rule, "norm", _norm_chunk(places[0][0], limit), itemsize
+        )
+    products = []
+    for place, path in zip(places, paths, strict=True):
+        product = None if path is None else product_of(program, place, path, parameter, alone=len(places) == 1)
+        if product is None:
+            return many if len(places) > 1 else f"transformed by more than a linear view before {_name(place)}"
+        products.append(product)
+    product = products[0] if len(products) == 1 else together(products)
+    if product is None:
+        return many
+    form = product_form(product)
+    if len(places) > 1 and form == "instantiate":
+        return many  # what is built for each use adds up as well
+    if product.rearranges and form == "gram" and any(path.length is not None for path in paths):
+        form = "instantiate"  # the sum needs as many operations, and comes with it
+    chunk = product_chunk(product, form, itemsize, limit)
+    return RulePlan(parameter, tuple(places), tuple(paths), product, form, chunk, itemsize)
+
+
+def _without_rule(program: Program, place: Place, path: Path | None) -> str | None:
+    """Why a tensor's one use has no rule; empty where it needs none, None where it has one."""
+    use, position = place
+    name = _name(place)
     if name == "scan":
         return "the scan is taken whole: a parameter is in its carry, or its body cannot be taken apart"
-    if len(use.site.views) > 1 or len(use.variables(position)) > 1:
-        return f"several parameters meet in one {name}"
-    (view,) = use.variables(position)
-    chain = isometric_view(program, view)
-    rule = None if chain is None else _rule(use, position)
-    if rule is None and name in _ELEMENTWISE and (chain is not None or _is_broadcast(program, view)):
+    rule = rule_for(use.site.eqn, position)
+    if isinstance(rule, Norm) and (path is None or not path.is_isometric or path.inner or path.length is not None):
+        rule = None
+    if rule is None and name in _ELEMENTWISE and _is_cheap(program, use, position):
         return ""
-    if chain is None:
-        return f"transformed by other parameters or by more than a rearrangement before {name}"
+    if path is None:
+        return f"transformed by other parameters or in several ways before {name}"
     if rule is None:
         where = "in the body of a scan or checkpoint" if use.nested else "here"
         return f"no rule for {name} {where}: its own vjp"
-    form = "norm" if isinstance(rule, Norm) else product_form(rule)
-    if isinstance(rule, Product) and not rule.rearranges and use.nested is not None:
-        form = "instantiate"  # the primitive's own vjp, which would form the sum, stands in the body
-    itemsize = trees.accumulator_dtype(view.aval.dtype).itemsize
-    chunk = _norm_chunk(use, limit) if isinstance(rule, Norm) else product_chunk(rule, form, itemsize, limit)
-    return RulePlan(parameter, use, view, tuple(chain), rule, form, chunk)
+    return None
 
 
-def _is_broadcast(program: Program, view: Any) -> bool:
-    """Whether a view only spreads one parameter over more axes."""
-    eqns = [eqn for eqn in program.static if view in eqn.outvars]
-    return bool(eqns) and eqns[0].primitive.name == "broadcast_in_dim" and (
-        isometric_view(program, eqns[0].invars[0]) is not None
-    )  # fmt: skip
+def _name(place: Place) -> str:
+    return place[0].site.eqn.primitive.name
 
 
-def _rule(use: Use, position: int) -> Product | Norm | None:
-    """The rule of a use, in terms of the outermost program's variables."""
-    rule, nested = rule_for(use.site.eqn, position), use.nested
-    if rule is None or nested is None:
-        return rule
-    view = use.site.eqn.invars[position]
-    chain = isometric_view(nested.body, view)
-    if isinstance(rule, Norm):  # a body that runs once, and no view inside it
-        return rule if nested.call.length is None and chain == [] else None
-    if chain is None:
-        return None
-    source = chain[0].invars[0] if chain else view
-    undone = rule._replace(to_view=lambda g: undo_view(chain, source, view, rule.to_view(g)))
-    return undone if nested.call.length is None else lift(undone, nested.call.length, nested.is_slice(source))
+def _is_cheap(program: Program, use: Use, position: int) -> bool:
+    """Whether to undo a view costs no more operations than it has entries, or a few times that."""
+    views = list(use.variables(position))
+    limit = 8 * max(var.aval.size for var in views)
+    return all(_compat.operations(eqn) <= limit for eqn in leading_to(views, program.static))
 
 
 def _groups(
@@ -229,6 +249,8 @@ def product_form(product: Product) -> str:
     _, t, d, p = product.dims
     if t == 1:
         return "closed"
+    if product.scale is not None:
+        return "instantiate"
     if _compat.backend() == "cpu":
         worth = _PER_NUMBER if product.rearranges else _PER_NUMBER_OF_PATCHES
         return "gram" if t * t * (d + p) <= worth * d * p else "instantiate"

@@ -9,7 +9,7 @@ is the gradient of the view, rearranged; a convolution is such a product over th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,9 @@ class Product(NamedTuple):
     dims: tuple[int, int, int, int]  # N, T, D, P
     precision: Any = None  # of the products, as in jax.lax.dot_general
     rearranges: bool = True  # whether A only rearranges the input; patches are many times the input
+    # For each axis of the view, whether it is one of N, D or P, in which they stand in the view's order; None: no such
+    sides: str | None = None
+    scale: jax.Array | None = None  # [N, D, P], multiplies G entry by entry
 
 
 def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
@@ -36,6 +39,10 @@ def dot_general(eqn: Any, view: int) -> Product:
     contract, batch = eqn.params["dimension_numbers"]
     other = 1 - view
     shapes = [var.aval.shape for var in eqn.invars]
+    rank = len(shapes[view])
+    # Contracted axes in the view's order, as all of its axes.
+    pairs = sorted(zip(*contract, strict=True), key=lambda pair: pair[view])
+    contract = tuple(tuple(pair[k] for pair in pairs) for k in (0, 1))
     free = [[i for i in range(len(s)) if i not in contract[k] and i not in batch[k]] for k, s in enumerate(shapes)]
     named = {
         "N": sizes(shapes[view], batch[view]),
@@ -57,7 +64,10 @@ def dot_general(eqn: Any, view: int) -> Product:
         spread = gradient.reshape(*named["N"], *named["D"], *named["P"])
         return spread.transpose(*(order.index(axis) for axis in range(len(order))))
 
-    return Product(factors, to_view, (n, t, d, p), eqn.params["precision"])
+    sides = None
+    if tuple(batch[view]) == tuple(sorted(batch[view])):
+        sides = "".join("D" if i in contract[view] else "N" if i in batch[view] else "P" for i in range(rank))
+    return Product(factors, to_view, (n, t, d, p), eqn.params["precision"], sides=sides)
 
 
 def lift(product: Product, length: int, is_slice: bool) -> Product:
@@ -80,3 +90,21 @@ def lift(product: Product, length: int, is_slice: bool) -> Product:
         return jax.vmap(product.to_view)(gradient.reshape(length, n, d, p))
 
     return product._replace(factors=factors, to_view=to_view, dims=(length * n, t, d, p))
+
+
+def joined_positions(products: Sequence[Product], flipped: Sequence[bool]) -> Product:
+    """The product over the positions of several, of lists of inputs and cotangents; in some A and B change places."""
+    first = products[0]
+
+    def factors(x: Sequence[jax.Array], cotangent: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        pairs = [product.factors(*row) for product, *row in zip(products, x, cotangent, strict=True)]
+        pairs = [pair[::-1] if flip else pair for pair, flip in zip(pairs, flipped, strict=True)]
+        dtypes = [jnp.result_type(*column) for column in zip(*pairs, strict=True)]
+        a, b = (
+            jnp.concatenate([factor.astype(dtype) for factor in column], axis=1)
+            for column, dtype in zip(zip(*pairs, strict=True), dtypes, strict=True)
+        )
+        return a, b
+
+    n, _, d, p = first.dims
+    return first._replace(factors=factors, dims=(n, sum(product.dims[1] for product in products), d, p))

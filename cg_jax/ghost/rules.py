@@ -118,10 +118,10 @@ def register_rule(primitive: str, rule: RuleBuilder) -> None:
 
 
 def rule_for(eqn: Any, view: int) -> Rule | None:
-    """The rule for a parameter at operand `view` of an equation, if there is one; for real numbers."""
+    """The rule for a parameter at operand `view` of an equation, if there is one; of complex numbers, for products."""
     builder = RULES.get(eqn.primitive.name)
     is_complex = any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in (*eqn.invars, *eqn.outvars))
-    rule = None if builder is None or is_complex else builder(eqn, view)
+    rule = None if builder is None or (is_complex and builder is not dot_general) else builder(eqn, view)
     if rule is not None and not isinstance(rule, Product | Norm):
         raise TypeError(
             f"Expected the rule of {eqn.primitive.name} to give a Product, a Norm or None, got {type(rule).__name__}."
