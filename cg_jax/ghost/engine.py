@@ -54,7 +54,7 @@ def statistics(
     made: dict[int, Yield] = {}
     todo = plan.make_plan(program, max_bytes)
     for tensor in todo.rules:
-        made[tensor.parameter] = _by_rule(program, env, tensor, traces)
+        made[tensor.parameter] = _of_tensor(program, env, tensor, traces)
     for group in todo.groups:
         gradient: Callable[[Any], PyTree]
         if group.whole_loss:
@@ -68,7 +68,6 @@ def statistics(
     for i, leaf in enumerate(leaves):
         dtype = trees.accumulator_dtype(leaf.dtype)
         made.setdefault(i, (jnp.zeros(size, dtype), jnp.zeros(leaf.shape, dtype)))
-    made |= scalars.add(program, env, todo, traces, made)
     sq_norms, sums = ([made[i][k] for i in range(len(leaves))] for k in (0, 1))
     return losses, jax.tree.unflatten(structure, sq_norms), jax.tree.unflatten(structure, sums)
 
@@ -94,25 +93,57 @@ def _same_for_all(loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array)
     return jnp.full(weights.shape, value), sq_norms, sums
 
 
-def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces) -> Yield:
-    """A tensor whose uses have a rule."""
-    parameter = program.parameters[tensor.parameter]
-    dtype = trees.accumulator_dtype(parameter.aval.dtype)
-    use, _ = tensor.places[0]
+def _of_tensor(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces) -> Yield:
+    """A tensor whose uses have a rule, or are numbers that are made of it."""
+    rule, x, cotangent, others = None, None, None, None
+    if isinstance(tensor.rule, Product):
+        rule, (x, cotangent) = tensor.bound(program, env), _factors_of(tensor, traces)
+        others = _by_product(program, env, tensor, rule, x, cotangent)
+    elif isinstance(tensor.rule, Norm):
+        others = _by_norm(program, env, tensor, traces)
+    if tensor.exact is None:
+        assert others is not None  # a tensor without a use is in no plan
+        return others
+    group = tensor.exact
+
+    def exact() -> jax.Array:
+        gradient = instances.by_sites(program, env, group)
+        return _accumulate(gradient, [traces[use.key] for use, _ in group.uses], group.chunk)[0][0]
+
+    def inner(direction: jax.Array) -> jax.Array:
+        if rule is None:
+            return _along_view(program, env, tensor, traces, direction)
+        return along(rule, x, cotangent, direction)
+
+    return scalars.add(program, env, tensor, traces, others, inner, exact)
+
+
+def _factors_of(tensor: RulePlan, traces: Traces) -> tuple[Any, Any]:
+    """(inputs, cotangents) of a product: of several uses, lists."""
+    pairs = [(traces[use.key][0][0], traces[use.key][1][0]) for use, _ in tensor.places]
+    return pairs[0] if len(pairs) == 1 else tuple(map(list, zip(*pairs, strict=True)))
+
+
+def _by_norm(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces) -> Yield:
+    """A tensor whose one use places or adds up cotangents."""
+    rule, (use, _) = tensor.rule, tensor.places[0]
+    assert isinstance(rule, Norm)
+    dtype = trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
     operands, (cotangent,) = traces[use.key]
-    if isinstance(tensor.rule, Norm):
-        sq_norms = _in_chunks(lambda row: tensor.rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
-        if sq_norms.ndim != 1:
-            raise ValueError(
-                f"Expected the rule of {use.site.eqn.primitive.name} to give one number for each example, its ‖g‖², got "
-                f"an array of shape {sq_norms.shape[1:]}."
-            )
-        return sq_norms.astype(dtype), _sum_by_vjp(program, env, tensor, operands, cotangent).astype(dtype)
-    rule = tensor.bound(program, env)
-    x: Any = operands[0]
-    if len(tensor.places) > 1:
-        x = [traces[use.key][0][0] for use, _ in tensor.places]
-        cotangent = [traces[use.key][1][0] for use, _ in tensor.places]
+    sq_norms = _in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
+    if sq_norms.ndim != 1:
+        raise ValueError(
+            f"Expected the rule of {use.site.eqn.primitive.name} to give one number for each example, its ‖g‖², got an "
+            f"array of shape {sq_norms.shape[1:]}."
+        )
+    return sq_norms.astype(dtype), _sum_by_vjp(program, env, tensor, operands, cotangent).astype(dtype)
+
+
+def _by_product(
+    program: Program, env: dict[Any, Any], tensor: RulePlan, rule: Product, x: Any, cotangent: Any
+) -> Yield:
+    """A tensor whose uses are one product."""
+    dtype = trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
     if tensor.form == "instantiate":
         sq_norms, total = instantiated(rule, x, cotangent, dtype, tensor.chunk)
     else:
@@ -121,8 +152,27 @@ def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
         if rule.rearranges:
             total = sum_of_products(rule, x, cotangent, dtype)
         else:
-            total = _sum_by_vjp(program, env, tensor, operands, cotangent)
+            total = _sum_by_vjp(program, env, tensor, [x], cotangent)
     return sq_norms.astype(dtype), total.astype(dtype)
+
+
+def _along_view(
+    program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces, direction: jax.Array
+) -> jax.Array:
+    """⟨gᵢ, v⟩ [B] of a tensor's one use, which is linear in it: the cotangent times the results at v."""
+    ((use, position),) = tensor.places
+    view = jax.linear_transpose(
+        lambda g: to_parameter(program, (use, position), tensor.paths[0], tensor.parameter, env, g),
+        jax.ShapeDtypeStruct(use.site.eqn.invars[position].aval.shape, direction.dtype),
+    )(direction)[0]
+
+    def one(trace: Any) -> jax.Array:
+        seen, (cotangent,) = trace
+        values = instances.operands_of(use.site, env, seen)
+        values[position] = view
+        return jnp.vdot(cotangent.astype(direction.dtype), _compat.bind(use.site.eqn, values)[0])
+
+    return jax.vmap(one)(traces[use.key])
 
 
 def _env_of(use: Use, env: dict[Any, Any]) -> dict[Any, Any]:
@@ -196,6 +246,22 @@ def sum_of_products(product: Product, x: jax.Array, cotangent: jax.Array, dtype:
     a, b = jax.vmap(product.factors)(x, cotangent)
     total = _dot(product, dtype, "bntd,bntp->ndp", a, b)
     return product.to_view(total if product.scale is None else total * product.scale.astype(dtype))
+
+
+def along(product: Product, x: Any, cotangent: Any, direction: jax.Array) -> jax.Array:
+    """⟨gᵢ, v⟩ [B] = Σₜ aₜᵀ V bₜ, with V the direction v as a gradient of the product."""
+    n, _, d, p = product.dims
+    layout = jax.ShapeDtypeStruct((n, d, p), direction.dtype)
+    (matrix,) = jax.linear_transpose(product.to_view, layout)(direction)
+    if product.scale is not None:
+        matrix = matrix * product.scale.astype(matrix.dtype)
+
+    def one(x: Any, cotangent: Any) -> jax.Array:
+        a, b = product.factors(x, cotangent)
+        moved = _dot(product, direction.dtype, "ntd,ndp->ntp", a.astype(direction.dtype), matrix)
+        return (moved * b.astype(direction.dtype)).sum()
+
+    return jax.vmap(one)(x, cotangent)
 
 
 def _in_chunks(f: Callable[[Any], jax.Array], rows: PyTree, chunk: int) -> jax.Array:

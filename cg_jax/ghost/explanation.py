@@ -90,7 +90,6 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
     for group in todo.groups:
         size = plan.group_bytes(program, group.parameters, group.uses)
         made |= {i: _in_group(group, k, used[i], size) for k, i in enumerate(group.parameters)}
-    made = dict.fromkeys(todo.others, _ONE_NUMBER) | made
     nothing = ("none", 0, 0, 0, "no example's gradient reaches it" if program.is_dynamic() else _SAME)
     leaves = jax.tree.leaves(kept)
     return Explanation(
@@ -124,6 +123,8 @@ def _where(use: Use) -> str:
 def _by_rule(tensor: RulePlan) -> tuple[str, int, int, int, str]:
     """(rule, operations, bytes, chunk, why it falls back)."""
     rule, form = tensor.rule, tensor.form
+    if rule is None:
+        return _ONE_NUMBER
     if not isinstance(rule, Product):
         size = plan.norm_bytes(tensor.places[0][0])
         return form, 3 * size // 4, 2 * size, tensor.chunk, ""

@@ -20,33 +20,40 @@ Trace = tuple[list[jax.Array], list[jax.Array]]
 
 def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
     """The function of what the group's uses left of one example → its gradients with respect to the group's tensors."""
-    parameters = [program.parameters[i] for i in group.parameters]
     views = list({var: None for use, positions in group.uses for p in positions for var in use.variables(p)})
-
-    _, to_parameters = jax.vjp(view_values(program, env, parameters, views), [env[variable] for variable in parameters])
+    _, to_parameters = view_pullback(program, env, group.parameters, views)
 
     def gradient(traces: list[Trace]) -> list[jax.Array]:
         total = {view: _compat.zeros(view.aval) for view in views}
         for (use, positions), trace in zip(group.uses, traces, strict=True):
             for view, part in of_use(use, positions, env, trace):
                 total[view] += part
-        return trees.accumulate(to_parameters([total[view] for view in views])[0])
+        return trees.accumulate(to_parameters([total[view] for view in views]))
 
     return gradient
 
 
-def view_values(
-    program: Program, env: dict[Any, Any], parameters: Sequence[Any], views: Sequence[Any]
-) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """The function of the values of some parameters → those of their views; the others are as in `env`."""
+def view_pullback(
+    program: Program, env: dict[Any, Any], parameters: Sequence[int], views: Sequence[Any]
+) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
+    """(the values of some views, the function of their cotangents → the gradients by some parameters)."""
     transformed = leading_to(views, program.static)
+    # By all tensors that the views are made of, as in jax.grad: a rule may ask which are differentiated.
+    reached = sorted(frozenset(parameters).union(*(program.reach[view] for view in views)))
+    variables = [program.parameters[i] for i in reached]
 
     def values_of(values: list[jax.Array]) -> list[jax.Array]:
-        local = env | dict(zip(parameters, values, strict=True))
+        local = env | dict(zip(variables, values, strict=True))
         evaluate(transformed, local)
         return [local[view] for view in views]
 
-    return values_of
+    outs, pull = jax.vjp(values_of, [env[variable] for variable in variables])
+
+    def gradients(cotangents: list[jax.Array]) -> list[jax.Array]:
+        by_parameter = dict(zip(reached, pull(cotangents)[0], strict=True))
+        return [by_parameter[i] for i in parameters]
+
+    return outs, gradients
 
 
 def by_whole_loss(

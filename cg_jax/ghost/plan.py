@@ -38,28 +38,8 @@ _PER_NUMBER = 20
 _PER_NUMBER_OF_PATCHES = 4
 # On a CPU, what fits the cache is several times faster than what does not.
 _CACHE_BYTES = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class RulePlan:
-    """A tensor whose uses have a rule: one use, or several that are one product."""
-
-    parameter: int
-    places: tuple[Place, ...]
-    paths: tuple[Path, ...]  # from the parameter, one for each place
-    rule: Product | Norm  # of a product, its sizes are for planning: `bound` is the one to compute with
-    form: str  # "closed", "gram" or "instantiate" for a product; "norm"
-    chunk: int  # examples whose arrays are built at once
-    itemsize: int  # of the tensor's accumulator dtype
-
-    def bound(self, program: Program, env: dict[Any, Any]) -> Product:
-        """The product, given the static values."""
-        pairs = zip(self.places, self.paths, strict=True)
-        alone = len(self.places) == 1
-        products = [product_of(program, place, path, self.parameter, env, alone) for place, path in pairs]
-        product = products[0] if len(products) == 1 else together([each for each in products if each is not None])
-        assert product is not None  # it was there without values
-        return product
+# A chunk that no batch passes.
+_ANY_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,57 +57,94 @@ class GroupPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class RulePlan:
+    """A tensor whose uses have a rule: one use, or several that are one product."""
+
+    parameter: int
+    places: tuple[Place, ...]
+    paths: tuple[Path, ...]  # from the parameter, one for each place
+    # Of a product the sizes are for planning: `bound` is the one to compute with. None: by numbers alone.
+    rule: Product | Norm | None
+    form: str  # "closed", "gram" or "instantiate" for a product; "norm"
+    chunk: int  # examples whose arrays are built at once
+    itemsize: int  # of the tensor's accumulator dtype
+    numbers: tuple[Place, ...] = ()  # uses of numbers that are made of the tensor, a penalty for one
+    exact: GroupPlan | None = None  # with numbers: the same by gradients that are built, where the rule's terms cancel
+
+    def bound(self, program: Program, env: dict[Any, Any]) -> Product:
+        """The product, given the static values."""
+        pairs = zip(self.places, self.paths, strict=True)
+        alone = len(self.places) == 1
+        products = [product_of(program, place, path, self.parameter, env, alone) for place, path in pairs]
+        product = products[0] if len(products) == 1 else together([each for each in products if each is not None])
+        assert product is not None  # it was there without values
+        return product
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the engine does with every parameter tensor; tensors in no list have no gradient."""
 
     rules: tuple[RulePlan, ...]
     groups: tuple[GroupPlan, ...]
-    scalars: tuple[tuple[Use, int], ...]  # (use, position) of numbers that were made of whole tensors
-    others: dict[int, tuple[tuple[Use, int], ...]]  # the other uses of the tensors that they were made of
 
 
 def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
     """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own."""
     limit = max_bytes or _MAX_BYTES.get(_compat.backend(), _MAX_BYTES_ACCELERATOR)
-    found = uses_by_parameter(program)
-    scalars = _scalar_uses(program, found)
-    concerned = frozenset().union(*(_parameters(program, use, position) for use, position in scalars))
-    found = {i: [each for each in uses if each not in scalars] for i, uses in found.items()}
+    places = uses_by_parameter(program)
+    numbers = _numbers(program, places)
     rules: list[RulePlan] = []
     reasons: dict[int, str] = {}
-    for parameter, uses in found.items():
-        plan = _rule_plan(program, parameter, uses, limit) if uses else None
+    for parameter, of_one in places.items():
+        shared = tuple(place for place in of_one if _key(place) in numbers)
+        others = [place for place in of_one if _key(place) not in numbers]
+        if not of_one:
+            continue
+        plan = _rule_plan(program, parameter, others, limit) if others else _number_plan(program, parameter, shared)
         if isinstance(plan, str):
             reasons[parameter] = plan
-        elif plan is not None:
+        elif shared:
+            exact = _group(program, (parameter,), places, {}, limit)
+            rules.append(dataclasses.replace(plan, numbers=shared, exact=exact))
+        else:
             rules.append(plan)
-    groups = _groups(program, {i: found[i] for i in reasons}, reasons, limit)
-    return Plan(tuple(rules), groups, tuple(scalars), {i: tuple(found[i]) for i in concerned})
+    return Plan(tuple(rules), _groups(program, {i: places[i] for i in reasons}, numbers, reasons, limit))
 
 
-def _scalar_uses(program: Program, found: dict[int, list[tuple[Use, int]]]) -> list[tuple[Use, int]]:
-    """The uses of one real number that is made of larger tensors, all of whose other uses can be followed forward."""
+def _key(place: Place) -> tuple[tuple[int, ...], int]:
+    """What tells a place from all others."""
+    return place[0].key, place[1]
 
-    def is_number(use: Use, position: int) -> bool:
-        var = use.site.eqn.invars[position]
-        if use.nested is not None or var.aval.size != 1 or not jnp.issubdtype(var.aval.dtype, jnp.floating):
-            return False
-        steps = [path_to(program, parameter, var) for parameter in program.reach[var]]
-        if all(each is not None and is_isometric(each) for each in steps) or not _compat.has_reverse_mode(
-            use.site.eqn, [position]
-        ):
-            return False
-        return not any(map(_compat.has_custom_vjp, (use.site.eqn, *leading_to([var], program.static))))
 
-    numbers = list(dict.fromkeys(each for uses in found.values() for each in uses if is_number(*each)))
+def _numbers(program: Program, places: dict[int, list[Place]]) -> set[Any]:
+    """The keys of all places at which a number that is made of tensors is used."""
+    once = {_key(place): place for of_one in places.values() for place in of_one}
+    return {key for key, place in once.items() if _is_number(program, *place)}
 
-    def can_be_followed(use: Use, position: int) -> bool:
-        others = [o for i in _parameters(program, use, position) for o in found[i] if o not in numbers]
-        return all(o.nested is None and not _compat.has_custom_vjp(o.site.eqn) for o, _ in others) and all(
-            _compat.has_reverse_mode(o.site.eqn, [p]) for o, p in others
-        )
 
-    return [each for each in numbers if can_be_followed(*each)]
+def _is_number(program: Program, use: Use, position: int) -> bool:
+    """Whether an operand is one real number made of larger tensors, so that its gradient is the same for all examples.
+
+    But for a factor, its cotangent: see `scalars`.
+    """
+    var = use.site.eqn.invars[position]
+    if use.nested is not None or var.aval.size != 1 or not jnp.issubdtype(var.aval.dtype, jnp.floating):
+        return False
+    steps = [path_to(program, parameter, var) for parameter in program.reach[var]]
+    if all(each is not None and is_isometric(each) for each in steps):
+        return False
+    if not _compat.has_reverse_mode(use.site.eqn, [position]):
+        return False
+    return not any(map(_compat.has_custom_vjp, (use.site.eqn, *leading_to([var], program.static))))
+
+
+def _number_plan(program: Program, parameter: int, numbers: tuple[Place, ...]) -> RulePlan | str:
+    """The plan of a tensor that meets the example through numbers alone: gᵢ = cᵢ v, or why there is none."""
+    if len({use.site.eqn.invars[position] for use, position in numbers}) > 1:
+        return "several numbers are made of it: gradients add up before they are squared"
+    itemsize = trees.accumulator_dtype(program.parameters[parameter].aval.dtype).itemsize
+    return RulePlan(parameter, (), (), None, "closed", _ANY_CHUNK, itemsize)
 
 
 def uses_by_parameter(program: Program) -> dict[int, list[tuple[Use, int]]]:
@@ -205,26 +222,32 @@ def _is_cheap(program: Program, use: Use, position: int) -> bool:
 
 
 def _groups(
-    program: Program, found: dict[int, list[tuple[Use, int]]], reasons: dict[int, str], limit: int
+    program: Program, places: dict[int, list[Place]], numbers: set[Any], reasons: dict[int, str], limit: int
 ) -> tuple[GroupPlan, ...]:
     """Tensors that share a view (a product of two, a concatenation) go together, all others alone."""
-    group_of = {parameter: {parameter} for parameter in found}
-    for uses in found.values():
-        for use, position in uses:
-            joined = set().union(*(group_of[i] for i in _parameters(program, use, position)))
-            group_of.update(dict.fromkeys(joined, joined))
-    plans = []
-    for group in {id(group): group for group in group_of.values()}.values():
-        members = tuple(sorted(group))
-        places: dict[tuple[int, ...], tuple[Use, set[int]]] = {}
-        for parameter in members:
-            for use, position in found[parameter]:
-                places.setdefault(use.key, (use, set()))[1].add(position)
-        uses = tuple((use, tuple(sorted(positions))) for _, (use, positions) in sorted(places.items()))
-        whole = not all(_compat.has_reverse_mode(use.site.eqn, positions) for use, positions in uses)
-        chunk = max(1, limit // max(group_bytes(program, members, uses), 1))
-        plans.append(GroupPlan(members, uses, tuple(reasons[i] for i in members), whole, chunk))
-    return tuple(plans)
+    group_of = {parameter: {parameter} for parameter in places}
+    for of_one in places.values():
+        for use, position in of_one:
+            if _key((use, position)) not in numbers:
+                members = [i for i in _parameters(program, use, position) if i in group_of]
+                joined = set().union(*(group_of[i] for i in members))
+                group_of.update(dict.fromkeys(joined, joined))
+    groups = {id(group): tuple(sorted(group)) for group in group_of.values()}
+    return tuple(_group(program, members, places, reasons, limit) for members in groups.values())
+
+
+def _group(
+    program: Program, members: tuple[int, ...], places: dict[int, list[Place]], reasons: dict[int, str], limit: int
+) -> GroupPlan:
+    """The plan of tensors whose gradients are built, at all of their uses."""
+    at: dict[tuple[int, ...], tuple[Use, set[int]]] = {}
+    for parameter in members:
+        for use, position in places[parameter]:
+            at.setdefault(use.key, (use, set()))[1].add(position)
+    uses = tuple((use, tuple(sorted(positions))) for _, (use, positions) in sorted(at.items()))
+    whole = not all(_compat.has_reverse_mode(use.site.eqn, positions) for use, positions in uses)
+    chunk = max(1, limit // max(group_bytes(program, members, uses), 1))
+    return GroupPlan(members, uses, tuple(reasons.get(i, "") for i in members), whole, chunk)
 
 
 def group_bytes(program: Program, members: tuple[int, ...], uses: tuple[tuple[Use, tuple[int, ...]], ...]) -> int:
