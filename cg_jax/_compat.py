@@ -173,6 +173,11 @@ def operations(eqn: Any) -> int:
     return made
 
 
+def holds_jaxprs(eqn: Any) -> bool:
+    """Whether an equation is a loop, a branch or a call with a rule of its own."""
+    return bool(_inner_jaxprs(eqn))
+
+
 def holds(eqn: Any, name: str) -> bool:
     """Whether a primitive of that name stands in an inner jaxpr of an equation."""
     return name in list(_primitives_of(eqn))[1:]

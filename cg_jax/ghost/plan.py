@@ -52,7 +52,7 @@ class GroupPlan:
     parameters: tuple[int, ...]
     uses: tuple[tuple[Use, tuple[int, ...]], ...]  # (use, positions of the views)
     reasons: tuple[str, ...]  # for each parameter, why no rule does it; empty where its use is elementwise
-    whole_loss: bool  # a site has no reverse mode of its own: by vmap(grad) of the loss with respect to these tensors
+    whole_loss: bool  # by vmap(grad) of the loss: a site has no reverse mode of its own, or its vjp costs more
     chunk: int
 
 
@@ -87,11 +87,24 @@ class Plan:
 
     rules: tuple[RulePlan, ...]
     groups: tuple[GroupPlan, ...]
+    is_vmap: bool = False  # all by vmap(grad) of the loss, which is the one pass then
+
+
+def bytes_at_once(max_bytes: int | None) -> int:
+    """What the arrays of one tensor may take."""
+    return max_bytes or _MAX_BYTES.get(_compat.backend(), _MAX_BYTES_ACCELERATOR)
+
+
+def by_whole_loss(program: Program, members: tuple[int, ...], reason: str, max_bytes: int | None) -> GroupPlan:
+    """The plan of tensors by vmap(grad) of the loss."""
+    places = uses_by_parameter(program)
+    group = _group(program, members, places, dict.fromkeys(members, reason), bytes_at_once(max_bytes))
+    return dataclasses.replace(group, whole_loss=True)
 
 
 def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
     """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own."""
-    limit = max_bytes or _MAX_BYTES.get(_compat.backend(), _MAX_BYTES_ACCELERATOR)
+    limit = bytes_at_once(max_bytes)
     places = uses_by_parameter(program)
     numbers = _numbers(program, places)
     rules: list[RulePlan] = []
