@@ -26,19 +26,19 @@ _tap.defvjp(lambda value, tap: (_tap(value, tap), None), lambda _, cotangent: (c
 
 def backward(
     program: Program, env: dict[Any, Any], examples: list[jax.Array], weights: jax.Array
-) -> tuple[jax.Array, Traces]:
-    """(losses [B], what every site saw): the cotangents of Σ wᵢ ℓᵢ at every site's outputs."""
+) -> tuple[jax.Array, list[jax.Array], Traces]:
+    """(losses [B], auxiliary values [B, ...], what every site saw: the cotangents of Σ wᵢ ℓᵢ at its outputs)."""
 
     def forward(taps: Any, zero: jax.Array) -> tuple[jax.Array, Any]:
         def one(taps: Any, example: list[jax.Array]) -> tuple[jax.Array, Any]:
-            (loss,), seen = _run(program, env | dict(zip(program.inputs, example, strict=True)), taps, zero)
-            return loss, seen
+            (loss, *aux), seen = _run(program, env | dict(zip(program.inputs, example, strict=True)), taps, zero)
+            return loss, (aux, seen)
 
         return jax.vmap(one)(taps, examples)
 
     taps = _zero_taps(program, (weights.shape[0],))
     try:
-        losses, pull, seen = jax.vjp(forward, taps, jnp.zeros(()), has_aux=True)
+        losses, pull, (aux, seen) = jax.vjp(forward, taps, jnp.zeros(()), has_aux=True)
         cotangents, _ = pull(_compat.vary(weights.astype(losses.dtype), _compat.varying_axes(losses)))
     except (ValueError, NotImplementedError) as error:
         _raise_located(program, error)
@@ -49,7 +49,7 @@ def backward(
             tree = tree[index]
         return tree
 
-    return losses, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}
+    return losses, aux, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}
 
 
 def _raise_located(program: Program, error: Exception) -> None:

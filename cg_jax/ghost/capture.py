@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
+from cg_jax._loss import LossFn, checked_pair
 from cg_jax.ghost import activity
-from cg_jax.per_example import LossFn, checked_loss
 
 PyTree = Any
 
@@ -78,7 +78,7 @@ class Program:
         return any(_compat.has_custom_vjp(eqn) for eqn in (*self.static, *self.dynamic))
 
     def is_dynamic(self) -> bool:
-        """Whether the (one) result depends on the example; if not, it is the same for all."""
+        """Whether the loss depends on the example; if not, it is the same for all."""
         return any(self.outputs[0] in eqn.outvars for eqn in self.dynamic)
 
 
@@ -140,12 +140,17 @@ def _flat(jaxpr: Any, constants: Sequence[Any], in_body: bool) -> Any:
     return jax.make_jaxpr(lambda *operands: _inline(jaxpr, constants, operands, in_body))(*avals)
 
 
-def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, example: PyTree) -> Program:
-    """Trace loss_fn at the differentiable leaves `kept` and one example."""
-    closed = jax.make_jaxpr(checked_loss(loss_fn, rest))(kept, example)
+def capture(loss_fn: LossFn, kept: PyTree, rest: PyTree, example: PyTree, has_aux: bool = False) -> tuple[Program, Any]:
+    """Trace loss_fn at the differentiable leaves `kept` and one example: (program, structure of the auxiliary values).
+
+    The program's outputs are the loss and the leaves of the auxiliary values.
+    """
+    pair = checked_pair(loss_fn, rest, has_aux=has_aux)
+    closed, (_, aux) = jax.make_jaxpr(pair, return_shape=True)(kept, example)
     flat = _flat(closed.jaxpr, closed.consts, in_body=False)
     split = len(jax.tree.leaves(kept))
-    return _classify(flat, flat.jaxpr.invars[:split], flat.jaxpr.invars[split:], (), flat.jaxpr.outvars[:1], nest=True)
+    parameters, inputs = flat.jaxpr.invars[:split], flat.jaxpr.invars[split:]
+    return _classify(flat, parameters, inputs, (), flat.jaxpr.outvars[:1], nest=True), jax.tree.structure(aux)
 
 
 def _classify(

@@ -57,7 +57,9 @@ def _of_group(program: Program, group: GroupPlan) -> int:
 def _of_plan(program: Program, plan: Plan) -> int:
     """Operations of the engine in all."""
     written = sum(PER_NUMBER * _size(program, (t.parameter,)) for t in plan.rules if t.form == "instantiate")
-    return 2 * forward(program) + written + sum(map(of_rule, plan.rules)) + sum(_of_group(program, g) for g in plan.groups)
+    return (
+        2 * forward(program) + written + sum(map(of_rule, plan.rules)) + sum(_of_group(program, g) for g in plan.groups)
+    )
 
 
 def cheapest(program: Program, max_bytes: int | None = None) -> Plan:
@@ -70,12 +72,12 @@ def cheapest(program: Program, max_bytes: int | None = None) -> Plan:
     every = tuple(sorted((*some, *(tensor.parameter for tensor in plan.rules))))
     plans = [
         plan,
-        dataclasses.replace(plan, groups=(by_whole_loss(program, some, _DEAR, max_bytes),)),
-        Plan((), (by_whole_loss(program, every, _DEAR, max_bytes),), is_vmap=True),
+        dataclasses.replace(plan, groups=(by_whole_loss(program, some, DEAR, max_bytes),)),
+        Plan((), (by_whole_loss(program, every, DEAR, max_bytes),), is_vmap=True),
     ]
     costs = [_of_plan(program, each) for each in plans]
     costs[2] -= 2 * forward(program)  # there is no other pass
     return plans[costs.index(min(costs))]
 
 
-_DEAR = "the vjps of its uses cost more than the whole loss's"
+DEAR = "the vjps of its uses cost more than the whole loss's"

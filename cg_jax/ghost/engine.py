@@ -2,7 +2,6 @@
 left.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,66 +9,100 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, _validate, trees
-from cg_jax.ghost import capture, instances, plan, scalars
+from cg_jax._loss import LossFn, checked_pair, example_of
+from cg_jax.ghost import capture, cost, instances, scalars
 from cg_jax.ghost.backward import Traces, backward
 from cg_jax.ghost.capture import Program, Use, evaluate, read_all
 from cg_jax.ghost.plan import RulePlan, Yield
 from cg_jax.ghost.product import Product
+from cg_jax.ghost.products import (
+    accumulate,
+    accumulate_with,
+    along,
+    in_chunks,
+    instantiated,
+    sum_of_products,
+    without_gradients,
+)
 from cg_jax.ghost.rules import Norm
 from cg_jax.ghost.uses import to_parameter
-from cg_jax.per_example import LossFn, checked_loss, example_of
 
 PyTree = Any
 
 
 def statistics(
-    loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None, max_bytes: int | None = None
-) -> tuple[jax.Array, PyTree, PyTree]:
-    """(losses [B], ‖wᵢ gᵢ‖² for each tensor [B], Σ wᵢ gᵢ like the parameters); exact, in one backward pass.
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: PyTree,
+    weights: jax.Array | None,
+    max_bytes: int | None = None,
+    has_aux: bool = False,
+) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
+    """(losses [B], ‖wᵢ gᵢ‖² for each tensor [B], Σ wᵢ gᵢ like the parameters, auxiliary values [B, ...] or None).
 
-    Norms and sums are in the accumulator dtype; integer leaves are None.
+    Exact, in one backward pass. Norms and sums are in the accumulator dtype; integer leaves are None.
     """
     kept, rest = trees.partition(params)
     kept = jax.tree.map(jnp.asarray, kept)
     _validate.something_to_differentiate(kept)
-    program = capture.capture(loss_fn, kept, rest, example_of(batch))
+    program, aux_structure = capture.capture(loss_fn, kept, rest, example_of(batch), has_aux)
     _validate.dependence(program.depends)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    keep = weights
-    weights = jnp.ones(size) if weights is None else weights
-    loss = checked_loss(loss_fn, rest)
+    loss = checked_pair(loss_fn, rest, has_aux=has_aux)
     if not program.is_dynamic():
         return _same_for_all(loss, kept, batch, weights)
     leaves, structure = jax.tree.flatten(kept)
+    todo = cost.cheapest(program, max_bytes)
+    if todo.is_vmap:
+        sq_norms, sums, losses, aux = _by_vmap(loss, kept, batch, weights, todo.groups[0].chunk)
+        return losses, sq_norms, sums, aux
     env = program.constants | dict(zip(program.parameters, leaves, strict=True))
     evaluate(program.static, env)
-    nonlinear = program.has_custom_vjp()
-    if keep is not None and nonlinear:
-        # A custom_vjp may answer a zero cotangent with anything: rows are left out afterwards, by selection.
-        losses, traces = backward(program, env, jax.tree.leaves(batch), jnp.ones(size))
-        traces = {key: (seen, _select(keep, cotangents)) for key, (seen, cotangents) in traces.items()}
-    else:
-        losses, traces = backward(program, env, jax.tree.leaves(batch), weights)
-
-    made: dict[int, Yield] = {}
-    todo = plan.make_plan(program, max_bytes)
+    losses, aux, traces = _traces(program, env, batch, weights)
+    yields: dict[int, Yield] = {}
     for tensor in todo.rules:
-        made[tensor.parameter] = _of_tensor(program, env, tensor, traces)
+        yields[tensor.parameter] = _of_tensor(program, env, tensor, traces)
     for group in todo.groups:
-        gradient: Callable[[Any], PyTree]
         if group.whole_loss:
             gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), batch
         else:
             gradient, operands = instances.by_sites(program, env, group), [traces[use.key] for use, _ in group.uses]
-        if keep is not None and (nonlinear or group.whole_loss):
-            gradient, operands = _left_out(gradient), (operands, keep)
-        yields = _accumulate(gradient, operands, group.chunk)
-        made.update(zip(group.parameters, zip(*yields, strict=True), strict=True))
+        if weights is not None and (group.whole_loss or program.has_custom_vjp()):
+            gradient, operands = _left_out(gradient), (operands, weights)
+        of_group = accumulate(gradient, operands, group.chunk)
+        yields.update(zip(group.parameters, zip(*of_group, strict=True), strict=True))
+    size = losses.shape[0]
     for i, leaf in enumerate(leaves):
         dtype = trees.accumulator_dtype(leaf.dtype)
-        made.setdefault(i, (jnp.zeros(size, dtype), jnp.zeros(leaf.shape, dtype)))
-    sq_norms, sums = ([made[i][k] for i in range(len(leaves))] for k in (0, 1))
-    return losses, jax.tree.unflatten(structure, sq_norms), jax.tree.unflatten(structure, sums)
+        yields.setdefault(i, (jnp.zeros(size, dtype), jnp.zeros(leaf.shape, dtype)))
+    sq_norms, sums = (jax.tree.unflatten(structure, [yields[i][k] for i in range(len(leaves))]) for k in (0, 1))
+    return losses, sq_norms, sums, jax.tree.unflatten(aux_structure, aux)
+
+
+def _traces(
+    program: Program, env: dict[Any, Any], batch: PyTree, weights: jax.Array | None
+) -> tuple[jax.Array, list[jax.Array], Traces]:
+    """(losses [B], auxiliary values [B, ...], what every site saw); nothing comes back to rows of weight 0."""
+    ones = jnp.ones(jax.tree.leaves(batch)[0].shape[0])
+    if weights is None or not program.has_custom_vjp():
+        return backward(program, env, jax.tree.leaves(batch), ones if weights is None else weights)
+    # A custom_vjp may answer a zero cotangent with anything: rows are left out afterwards, by selection.
+    losses, aux, traces = backward(program, env, jax.tree.leaves(batch), ones)
+    return losses, aux, {key: (seen, _select(weights, cotangents)) for key, (seen, cotangents) in traces.items()}
+
+
+def _by_vmap(
+    loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array | None, chunk: int
+) -> tuple[PyTree, PyTree, jax.Array, PyTree]:
+    """(squared norms, sums, losses, auxiliary values) by vmap(grad) of the whole loss, in chunks."""
+
+    def one(row: tuple[PyTree, jax.Array | None]) -> tuple[PyTree, tuple[jax.Array, PyTree]]:
+        example, weight = row
+        value, grad = jax.value_and_grad(loss, has_aux=True)(kept, example)
+        grad = trees.accumulate(grad)
+        return grad if weight is None else _select(weight, grad), value
+
+    sq_norms, sums, (losses, aux) = accumulate_with(one, (batch, weights), chunk)
+    return sq_norms, sums, losses, aux
 
 
 def _select(keep: jax.Array, rows: PyTree) -> PyTree:
@@ -84,13 +117,17 @@ def _left_out(gradient: Callable[[Any], PyTree]) -> Callable[[Any], PyTree]:
     return lambda row: _select(row[1], gradient(row[0]))
 
 
-def _same_for_all(loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array) -> tuple[jax.Array, PyTree, PyTree]:
+def _same_for_all(
+    loss: LossFn, kept: PyTree, batch: PyTree, weights: jax.Array | None
+) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
     """The statistics of a loss that ignores the example."""
-    value, grad = jax.value_and_grad(loss)(kept, jax.tree.map(lambda leaf: leaf[0], batch))
+    (value, _), grad = jax.value_and_grad(loss, has_aux=True)(kept, jax.tree.map(lambda leaf: leaf[0], batch))
+    _, aux = jax.vmap(lambda example: loss(kept, example))(batch)
+    weights = jnp.ones(jax.tree.leaves(batch)[0].shape[0]) if weights is None else weights
     grad = trees.accumulate(grad)
     sq_norms = jax.tree.map(lambda q: q * jnp.square(weights).astype(q.dtype), trees.sq_norms(grad))
     sums = jax.tree.map(lambda g: g * weights.sum().astype(g.dtype), grad)
-    return jnp.full(weights.shape, value), sq_norms, sums
+    return jnp.full(weights.shape, value), sq_norms, sums, aux
 
 
 def _of_tensor(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces) -> Yield:
@@ -108,7 +145,7 @@ def _of_tensor(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: 
 
     def exact() -> jax.Array:
         gradient = instances.by_sites(program, env, group)
-        return _accumulate(gradient, [traces[use.key] for use, _ in group.uses], group.chunk)[0][0]
+        return accumulate(gradient, [traces[use.key] for use, _ in group.uses], group.chunk)[0][0]
 
     def inner(direction: jax.Array) -> jax.Array:
         if rule is None:
@@ -130,7 +167,7 @@ def _by_norm(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
     assert isinstance(rule, Norm)
     dtype = trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
     operands, (cotangent,) = traces[use.key]
-    sq_norms = _in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
+    sq_norms = in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
     if sq_norms.ndim != 1:
         raise ValueError(
             f"Expected the rule of {use.site.eqn.primitive.name} to give one number for each example, its ‖g‖², got an "
@@ -185,95 +222,6 @@ def _env_of(use: Use, env: dict[Any, Any]) -> dict[Any, Any]:
     return local
 
 
-def _dot(product: Product, dtype: Any, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, precision=product.precision, preferred_element_type=dtype)
-
-
-def instantiated(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int) -> Yield:
-    """(‖AᵀB‖² [B], Σ AᵀB as the view's gradient), both from the same arrays."""
-    dot = functools.partial(_dot, product, dtype)
-    flip = plan.is_faster_flipped(product)
-    order = "pd" if flip else "dp"
-    scale = product.scale.swapaxes(1, 2) if flip and product.scale is not None else product.scale
-
-    def gradient(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
-        a, b = product.factors(*operands)
-        # One product is not a batch of one: XLA does it faster.
-        g = dot(f"td,tp->{order}", a[0], b[0])[None] if a.shape[0] == 1 else dot(f"ntd,ntp->n{order}", a, b)
-        return g if scale is None else g * scale.astype(g.dtype)
-
-    sq_norms, total = _accumulate(gradient, (x, cotangent), chunk)
-    return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
-
-
-def without_gradients(
-    product: Product, form: str, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int
-) -> jax.Array:
-    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position."""
-    dot = functools.partial(_dot, product, dtype)
-
-    def sq_norm(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        a, b = product.factors(*row)
-        if form == "closed":
-            if product.scale is None:
-                return (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum()
-            a, b, scale = (jnp.square(each.astype(dtype)) for each in (a[:, 0], b[:, 0], product.scale))
-            return (dot("nd,ndp->np", a, scale) * b).sum()
-        return _gram(dot, a, b)
-
-    return _in_chunks(sq_norm, (x, cotangent), chunk)
-
-
-def _gram(dot: Callable[..., jax.Array], a: jax.Array, b: jax.Array) -> jax.Array:
-    """⟨AAᵀ, BBᵀ⟩ of factors [N, T, D] and [N, T, P], as AᵀB = A′ᵀB′ + T ā b̄ᵀ with A′ = A − ā, B′ = B − b̄.
-
-    Rounding is relative to the factors, not to the product. Where positions are nearly alike and their cotangents
-    cancel, as for the difference of two views of one input, no digit would be right; of centred factors they are.
-    Narrow factors are not centred, which would round them again.
-    """
-    if a.dtype != trees.accumulator_dtype(a.dtype) or b.dtype != trees.accumulator_dtype(b.dtype):
-        return jnp.maximum((dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum(), 0)
-    positions, mean_a, mean_b = a.shape[1], a.mean(1, keepdims=True), b.mean(1, keepdims=True)
-    a, b = a - mean_a, b - mean_b
-    squares = (dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum()
-    mixed = (dot("ntd,nsd->nts", a, mean_a) * dot("ntp,nsp->nts", b, mean_b)).sum()
-    means = (_last_axis_sq_norms(mean_a) * _last_axis_sq_norms(mean_b)).sum()
-    return jnp.maximum(squares + 2 * positions * mixed + positions**2 * means, 0)
-
-
-def sum_of_products(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
-    """Σ AᵀB over the batch, as the view's gradient."""
-    a, b = jax.vmap(product.factors)(x, cotangent)
-    total = _dot(product, dtype, "bntd,bntp->ndp", a, b)
-    return product.to_view(total if product.scale is None else total * product.scale.astype(dtype))
-
-
-def along(product: Product, x: Any, cotangent: Any, direction: jax.Array) -> jax.Array:
-    """⟨gᵢ, v⟩ [B] = Σₜ aₜᵀ V bₜ, with V the direction v as a gradient of the product."""
-    n, _, d, p = product.dims
-    layout = jax.ShapeDtypeStruct((n, d, p), direction.dtype)
-    (matrix,) = jax.linear_transpose(product.to_view, layout)(direction)
-    if product.scale is not None:
-        matrix = matrix * product.scale.astype(matrix.dtype)
-
-    def one(x: Any, cotangent: Any) -> jax.Array:
-        a, b = product.factors(x, cotangent)
-        moved = _dot(product, direction.dtype, "ntd,ndp->ntp", a.astype(direction.dtype), matrix)
-        return (moved * b.astype(direction.dtype)).sum()
-
-    return jax.vmap(one)(x, cotangent)
-
-
-def _in_chunks(f: Callable[[Any], jax.Array], rows: PyTree, chunk: int) -> jax.Array:
-    """`f` of every row, `chunk` of them at once."""
-    size = jax.tree.leaves(rows)[0].shape[0]
-    return jax.vmap(f)(rows) if chunk >= size else jax.lax.map(f, rows, batch_size=chunk)
-
-
-def _last_axis_sq_norms(x: jax.Array) -> jax.Array:
-    return jnp.square(x.astype(trees.accumulator_dtype(x.dtype))).sum(-1)
-
-
 def _sum_by_vjp(
     program: Program, env: dict[Any, Any], tensor: RulePlan, seen: list[jax.Array], cotangent: jax.Array
 ) -> jax.Array:
@@ -297,35 +245,3 @@ def _sum_by_vjp(
     _, pull = jax.vjp(outputs, widen(local[site.eqn.invars[position]]))
     total = pull(widen(cotangent))[0]
     return to_parameter(program, tensor.places[0], path, tensor.parameter, env, total)
-
-
-def _accumulate(gradient: Callable[[Any], PyTree], operands: PyTree, chunk: int) -> tuple[PyTree, PyTree]:
-    """(‖gᵢ‖² [B], Σ gᵢ) of gᵢ = gradient(operands[i]), leaf by leaf, with `chunk` of the gᵢ in existence at once."""
-    size = jax.tree.leaves(operands)[0].shape[0]
-
-    def of_rows(rows: PyTree) -> tuple[PyTree, PyTree]:
-        grads = jax.vmap(gradient)(rows)
-        return trees.row_sq_norms(grads), trees.row_sums(grads)
-
-    if chunk >= size:
-        return of_rows(operands)
-    steps = size // chunk
-    head = jax.tree.map(lambda leaf: leaf[: steps * chunk].reshape(steps, chunk, *leaf.shape[1:]), operands)
-    tail = jax.tree.map(lambda leaf: leaf[steps * chunk :], operands)
-
-    def step(total: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
-        if chunk == 1:  # one plain product, not a batch of one
-            grad = gradient(jax.tree.map(lambda leaf: leaf[0], rows))
-            return trees.add(total, grad), jax.tree.map(lambda q: q[None], trees.sq_norms(grad))
-        sq_norms, sums = of_rows(rows)
-        return trees.add(total, sums), sq_norms
-
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda leaf: leaf[0], operands))
-    zeros = jax.tree.map(_compat.zeros, shapes)
-    total, sq_norms = jax.lax.scan(step, zeros, head)
-    sq_norms = jax.tree.map(lambda leaf: leaf.reshape(-1), sq_norms)
-    if size > steps * chunk:
-        more_norms, more = of_rows(tail)
-        sq_norms = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), sq_norms, more_norms)
-        total = trees.add(total, more)
-    return sq_norms, total

@@ -1,16 +1,15 @@
 """What the engine will do with a loss, tensor by tensor, before it does it."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 
 from cg_jax import _compat, _validate, trees
-from cg_jax.ghost import plan
+from cg_jax._loss import with_state
+from cg_jax.ghost import cost, plan
 from cg_jax.ghost.capture import Use, capture
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.rules import rule_for
 from cg_jax.per_example import LossFn
 
 PyTree = Any
@@ -36,7 +35,7 @@ class Explanation(tuple[TensorPlan, ...]):
         rows = [("tensor", "shape", "rule", "Mflop/example", "kB/example", "at once", "uses", "why it falls back")]
         for row in self:
             used = row.uses[0] + (f" and {len(row.uses) - 1} more" if len(row.uses) > 1 else "") if row.uses else ""
-            chunk = "any" if row.chunk >= _MANY else str(row.chunk or "")
+            chunk = "any" if row.chunk >= plan.ANY_CHUNK else str(row.chunk or "")
             numbers = (f"{row.flops / 1e6:.3g}", f"{row.bytes / 1e3:.3g}", chunk)
             rows.append((row.path, "×".join(map(str, row.shape)), row.rule, *numbers, used, row.reason))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
@@ -45,7 +44,15 @@ class Explanation(tuple[TensorPlan, ...]):
     __repr__ = __str__
 
 
-def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int | None = None) -> Explanation:
+def explain(
+    loss_fn: LossFn,
+    params: PyTree,
+    example: PyTree,
+    *,
+    state: PyTree = None,
+    max_bytes: int | None = None,
+    has_aux: bool = False,
+) -> Explanation:
     """What `grad_moments(loss_fn)` will do with every parameter tensor; nothing is computed.
 
     Rules, with the gradient G = AᵀB of one example, A [T, D] and B [T, P]: "closed" is ‖a‖² ‖b‖² (T = 1), "gram"
@@ -57,7 +64,9 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.
         params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
         example: One example, without a batch axis; arrays or `jax.ShapeDtypeStruct`s.
+        state: As for `grad_moments`; arrays or `jax.ShapeDtypeStruct`s.
         max_bytes: As for `grad_moments`.
+        has_aux: As for `grad_moments`.
 
     Returns:
         An `Explanation`: a tuple of one `TensorPlan` for each floating-point tensor, in the order of jax.tree.leaves;
@@ -80,11 +89,12 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
     _validate.parameters(params)
     _validate.max_bytes(max_bytes)
     params, example = jax.tree.map(_shaped, (params, example))
+    loss_fn = with_state(loss_fn, jax.tree.map(_value, state))
     kept, rest = trees.partition(params)
     _validate.something_to_differentiate(kept)
-    program = capture(loss_fn, kept, jax.tree.map(_value, rest), example)
+    program, _ = capture(loss_fn, kept, jax.tree.map(_value, rest), example, has_aux)
     _validate.dependence(program.depends)
-    todo = plan.make_plan(program, max_bytes)
+    todo = cost.cheapest(program, max_bytes)
     used = {i: [use for use, _ in uses] for i, uses in plan.uses_by_parameter(program).items()}
     made = {tensor.parameter: _by_rule(tensor) for tensor in todo.rules}
     for group in todo.groups:
@@ -98,10 +108,6 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
     )
 
 
-# A chunk that no batch passes.
-_MANY = 4096
-# All that the tensor does is done by a number that is made of it: gᵢ = cᵢ v, and ‖gᵢ‖² = cᵢ² ‖v‖².
-_ONE_NUMBER = ("closed", 3, 0, _MANY, "")
 _SAME = "the loss ignores the example: one gradient serves all"
 
 
@@ -123,25 +129,18 @@ def _where(use: Use) -> str:
 def _by_rule(tensor: RulePlan) -> tuple[str, int, int, int, str]:
     """(rule, operations, bytes, chunk, why it falls back)."""
     rule, form = tensor.rule, tensor.form
-    if rule is None:
-        return _ONE_NUMBER
+    if rule is None:  # gᵢ = cᵢ v, and ‖gᵢ‖² = cᵢ² ‖v‖²
+        return form, cost.of_rule(tensor), 0, tensor.chunk, ""
     if not isinstance(rule, Product):
-        size = plan.norm_bytes(tensor.places[0][0])
-        return form, 3 * size // 4, 2 * size, tensor.chunk, ""
-    n, t, d, p = rule.dims
-    norm = {"closed": 2 * n * (d + p), "gram": 2 * n * t * t * (d + p + 1), "instantiate": 2 * n * d * p}[form]
-    return form, norm + 2 * n * t * d * p, plan.product_bytes(rule, form, tensor.itemsize), tensor.chunk, ""
+        return form, cost.of_rule(tensor), 2 * plan.norm_bytes(tensor.places[0][0]), tensor.chunk, ""
+    return form, cost.of_rule(tensor), plan.product_bytes(rule, form, tensor.itemsize), tensor.chunk, ""
 
 
 def _in_group(group: GroupPlan, k: int, uses: list[Use], size: int) -> tuple[str, int, int, int, str]:
     """The same for a tensor whose gradient is built by its sites' vjps, or by that of the whole loss."""
-    operations = 0
-    for use in uses:
-        rules = [rule for p in use.site.views if isinstance(rule := rule_for(use.site.eqn, p), Product)]
-        length = (use.nested.call.length or 1) if use.nested else 1
-        operations += length * (2 * math.prod(rules[0].dims) if rules else 2 * _compat.operations(use.site.eqn))
+    operations = sum(map(cost.of_use, uses))
     reason = group.reasons[k]
-    if group.whole_loss:
+    if group.whole_loss and reason != cost.DEAR:
         reason += "; JAX has no reverse mode for " + ", ".join(sorted({use.site.eqn.primitive.name for use in uses}))
     rule = "vmap" if group.whole_loss else "vjp" if group.reasons[k] else "elementwise"
     return rule, operations, size, group.chunk, reason

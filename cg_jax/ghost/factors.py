@@ -19,8 +19,35 @@ from cg_jax.ghost.views import Read, Step, is_complex
 
 # Entry by entry in the one operand, whose derivative then scales the gradient.
 ENTRYWISE = frozenset(
-    "abs atan2 clamp cos cosh div erf exp exp2 expm1 integer_pow log log1p logistic max min mul neg pow rsqrt select_n "
-    "sin sinh sqrt square tan tanh".split()
+    [
+        "abs",
+        "atan2",
+        "clamp",
+        "cos",
+        "cosh",
+        "div",
+        "erf",
+        "exp",
+        "exp2",
+        "expm1",
+        "integer_pow",
+        "log",
+        "log1p",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "neg",
+        "pow",
+        "rsqrt",
+        "select_n",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "tan",
+        "tanh",
+    ]
 )
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
+from cg_jax._loss import LossFn
 from cg_jax.ghost.capture import Nested, Program, Site, Use, differentiated, evaluate, leading_to, read_all
 from cg_jax.ghost.plan import GroupPlan
-from cg_jax.per_example import LossFn
 
 PyTree = Any
 # What a use left of one example: its dynamic operands, and the cotangents of its outputs.
@@ -59,11 +59,11 @@ def view_pullback(
 def by_whole_loss(
     loss: LossFn, leaves: list[jax.Array], structure: Any, group: GroupPlan
 ) -> Callable[[Any], list[jax.Array]]:
-    """The function of one example → its gradients with respect to the group's tensors, by the whole loss."""
+    """The function of one example → its gradients with respect to the group's tensors, by the whole (loss, aux)."""
 
     def gradient(example: PyTree) -> list[jax.Array]:
         # By all tensors, as in jax.grad: a rule may ask which are differentiated. What is not read is not computed.
-        grads = jax.grad(lambda values: loss(jax.tree.unflatten(structure, values), example))(leaves)
+        grads, _ = jax.grad(lambda values: loss(jax.tree.unflatten(structure, values), example), has_aux=True)(leaves)
         return trees.accumulate([grads[i] for i in group.parameters])
 
     return gradient

@@ -39,7 +39,7 @@ _PER_NUMBER_OF_PATCHES = 4
 # On a CPU, what fits the cache is several times faster than what does not.
 _CACHE_BYTES = 2**20
 # A chunk that no batch passes.
-_ANY_CHUNK = 4096
+ANY_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _number_plan(program: Program, parameter: int, numbers: tuple[Place, ...]) -
     if len({use.site.eqn.invars[position] for use, position in numbers}) > 1:
         return "several numbers are made of it: gradients add up before they are squared"
     itemsize = trees.accumulator_dtype(program.parameters[parameter].aval.dtype).itemsize
-    return RulePlan(parameter, (), (), None, "closed", _ANY_CHUNK, itemsize)
+    return RulePlan(parameter, (), (), None, "closed", ANY_CHUNK, itemsize)
 
 
 def uses_by_parameter(program: Program) -> dict[int, list[tuple[Use, int]]]:
