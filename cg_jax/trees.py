@@ -48,7 +48,11 @@ def sq_norms(tree: PyTree) -> PyTree:
 
 def row_sq_norms(tree: PyTree) -> PyTree:
     """‖leaf[i]‖² of each row of each leaf; leaves [B, ...], result [B]."""
-    return jax.tree.map(lambda leaf: jax.vmap(sq_norms)(leaf), tree)
+
+    def of_rows(leaf: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(leaf.astype(accumulator_dtype(leaf.dtype))), axis=tuple(range(1, leaf.ndim)))
+
+    return jax.tree.map(of_rows, tree)
 
 
 def row_sums(tree: PyTree) -> PyTree:

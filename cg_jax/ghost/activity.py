@@ -18,74 +18,13 @@ from cg_jax import _compat
 _ENDS = frozenset({"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"})
 # Primitives that pass a tangent on from any inexact operand to every inexact result.
 _PASSES_ON = frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "atan2",
-        "broadcast_in_dim",
-        "clamp",
-        "complex",
-        "concatenate",
-        "conj",
-        "conv_general_dilated",
-        "copy",
-        "cos",
-        "cosh",
-        "cumsum",
-        "cumlogsumexp",
-        "cummax",
-        "cummin",
-        "cumprod",
-        "div",
-        "dot_general",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "erf",
-        "erfc",
-        "erf_inv",
-        "exp",
-        "exp2",
-        "expand_dims",
-        "expm1",
-        "fft",
-        "gather",
-        "imag",
-        "integer_pow",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "max",
-        "min",
-        "mul",
-        "name",
-        "neg",
-        "pad",
-        "pow",
-        "real",
-        "reduce_max",
-        "reduce_min",
-        "reduce_sum",
-        "reshape",
-        "rev",
-        "rsqrt",
-        "scatter",
-        "scatter-add",
-        "select_n",
-        "sharding_constraint",
-        "sin",
-        "sinh",
-        "slice",
-        "split",
-        "sqrt",
-        "square",
-        "squeeze",
-        "sub",
-        "tan",
-        "tanh",
-        "transpose",
-    ]
+    """
+    abs add add_any atan2 broadcast_in_dim clamp complex concatenate conj conv_general_dilated convert_element_type copy
+    cos cosh cumlogsumexp cummax cummin cumprod cumsum div dot_general dynamic_slice dynamic_update_slice erf erf_inv
+    erfc exp exp2 expand_dims expm1 fft gather imag integer_pow lgamma log log1p logistic max min mul name neg pad pow
+    real reduce_max reduce_min reduce_sum reshape rev rsqrt scatter scatter-add select_n sharding_constraint sin sinh
+    slice split sqrt square squeeze sub tan tanh transpose
+    """.split()  # noqa: SIM905
 )
 
 
@@ -96,7 +35,8 @@ def is_inexact(var: Any) -> bool:
 
 def passes_on(eqn: Any) -> bool:
     """Whether every inexact operand passes a tangent on to every inexact result."""
-    return eqn.primitive.name == "convert_element_type" or eqn.primitive.name in _PASSES_ON
+    # Unless a custom rule asks for symbolic zeros, it is given zeros, and what it gives is a tangent.
+    return eqn.primitive.name in _PASSES_ON or eqn.params.get("symbolic_zeros") is False
 
 
 def active_outputs(eqn: Any, operands: Sequence[int]) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def _zero_taps(program: Program, leading: tuple[int, ...]) -> dict[int, Any]:
 
 
 def _run(
-    program: Program, env: dict[Any, Any], taps: dict[int, Any], zero: jax.Array
+    program: Program, env: dict[Any, Any], taps: dict[int, Any], zero: jax.Array, in_body: bool = False
 ) -> tuple[list[Any], dict[int, Any]]:
     """(results, what the sites saw) of a program for one example; `env` holds all that is static, and the inputs."""
     seen: dict[int, Any] = {}
@@ -91,7 +91,8 @@ def _run(
         if isinstance(found, Site):
             seen[index] = [operands[i] for i in found.dynamic]
             for k, tap in zip(found.taps, taps[index], strict=True):
-                outs[k] = _tap(outs[k], tap)
+                # The zeros of a body are not seen to be zeros when it is compiled; elsewhere to add them is folded away.
+                outs[k] = _tap(outs[k], tap) if in_body else outs[k] + tap
         env.update(zip(eqn.outvars, outs, strict=True))
     return read_all(program.outputs, env), seen
 
@@ -105,7 +106,7 @@ def _run_nested(
     def once(operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
         env = body.constants | dict(zip(body.all_inputs, operands, strict=True))
         evaluate(body.static, env)
-        return _run(body, env, taps, zero)
+        return _run(body, env, taps, zero, in_body=True)
 
     if call.length is None:
         return _compat.checkpoint_like(nested.eqn, once)(operands, taps)

@@ -2,8 +2,8 @@
 
 A view that is linear in one parameter keeps a gradient G = Σₜ aₜ bₜᵀ a sum of products, with other factors: a scale of
 rows or columns, a selection of them, a slice, a concatenation or a product with another matrix (LoRA) acts on one of
-the two factors alone. So no gradient of an example is built for them. A mask, or the derivative of what is done entry by
-entry, multiplies G itself.
+the two factors alone. So no gradient of an example is built for them. A mask, or the derivative of what is done entry by entry,
+multiplies G itself.
 """
 
 import math
@@ -19,35 +19,10 @@ from cg_jax.ghost.views import Read, Step, is_complex
 
 # Entry by entry in the one operand, whose derivative then scales the gradient.
 ENTRYWISE = frozenset(
-    [
-        "abs",
-        "atan2",
-        "clamp",
-        "cos",
-        "cosh",
-        "div",
-        "erf",
-        "exp",
-        "exp2",
-        "expm1",
-        "integer_pow",
-        "log",
-        "log1p",
-        "logistic",
-        "max",
-        "min",
-        "mul",
-        "neg",
-        "pow",
-        "rsqrt",
-        "select_n",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "tan",
-        "tanh",
-    ]
+    """
+    abs atan2 clamp cos cosh div erf exp exp2 expm1 integer_pow log log1p logistic max min mul neg pow rsqrt select_n
+    sin sinh sqrt square tan tanh
+    """.split()  # noqa: SIM905
 )
 
 
@@ -137,7 +112,9 @@ def to_product(
         scale = jax.ShapeDtypeStruct((n, d, p), scale.dtype)
     elif scale is not None:
         scale = scale.transpose(order).reshape(n, d, p)
-    return Product(factors, to_view, (n, t, d, p), product.precision, product.rearranges, like.sides, scale)
+    return product._replace(
+        factors=factors, to_view=to_view, dims=(n, t, d, p), keeps_entries=False, sides=like.sides, scale=scale
+    )
 
 
 def _signed(step: Step, factors: Factors) -> Factors:

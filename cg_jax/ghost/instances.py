@@ -37,6 +37,8 @@ def view_pullback(
     program: Program, env: dict[Any, Any], parameters: Sequence[int], views: Sequence[Any]
 ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
     """(the values of some views, the function of their cotangents → the gradients by some parameters)."""
+    if list(views) == [program.parameters[i] for i in parameters]:  # nothing to trace
+        return [env[view] for view in views], lambda cotangents: cotangents
     transformed = leading_to(views, program.static)
     # By all tensors that the views are made of, as in jax.grad: a rule may ask which are differentiated.
     reached = sorted(frozenset(parameters).union(*(program.reach[view] for view in views)))
@@ -87,6 +89,10 @@ def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Tra
     seen, cotangents = trace
     if use.nested is not None:
         return _of_nested(use, use.nested, positions, env, trace)
+    if use.site.eqn.primitive.name in ("add", "add_any") and len(positions) == 1:
+        (view,) = (use.site.eqn.invars[p] for p in positions)
+        if view.aval.shape == cotangents[0].shape:  # nothing to trace
+            return [(view, cotangents[0].astype(view.aval.dtype))]
     outputs, views = outputs_by_views(use.site, positions, env, seen)
     _, pull = jax.vjp(outputs, views, jnp.zeros(()))
     return [(use.site.eqn.invars[p], part) for p, part in zip(positions, pull(cotangents)[0], strict=True)]

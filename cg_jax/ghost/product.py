@@ -24,6 +24,7 @@ class Product(NamedTuple):
     dims: tuple[int, int, int, int]  # N, T, D, P
     precision: Any = None  # of the products, as in jax.lax.dot_general
     rearranges: bool = True  # whether A only rearranges the input; patches are many times the input
+    keeps_entries: bool = False  # whether A and B are the input and the cotangent, rearranged
     # For each axis of the view, whether it is one of N, D or P, in which they stand in the view's order; None: no such
     sides: str | None = None
     scale: jax.Array | None = None  # [N, D, P], multiplies G entry by entry
@@ -67,7 +68,7 @@ def dot_general(eqn: Any, view: int) -> Product:
     sides = None
     if tuple(batch[view]) == tuple(sorted(batch[view])):
         sides = "".join("D" if i in contract[view] else "N" if i in batch[view] else "P" for i in range(rank))
-    return Product(factors, to_view, (n, t, d, p), eqn.params["precision"], sides=sides)
+    return Product(factors, to_view, (n, t, d, p), eqn.params["precision"], keeps_entries=True, sides=sides)
 
 
 def lift(product: Product, length: int, is_slice: bool) -> Product:

@@ -41,6 +41,9 @@ def without_gradients(
 ) -> jax.Array:
     """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position."""
     dot = functools.partial(_dot, product, dtype)
+    if form == "closed" and product.keeps_entries and product.dims[0] == 1:
+        a, b = trees.row_sq_norms((x, cotangent))
+        return a * b
 
     def sq_norm(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, b = product.factors(*row)
