@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import ShapedArray, Tracer
 from jax.extend import core
+from jax.sharding import AxisType
 
 # Calls whose body may be evaluated in place without changing what differentiation gives. custom_jvp and custom_vjp
 # calls are not among them: their rules must be respected.
@@ -258,6 +259,16 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
 def vary_like(tree: Any, other: Any) -> Any:
     """Each leaf, made to vary over the axes that its like in `other` varies over."""
     return jax.tree.map(lambda leaf, like: vary(leaf, _varying(like)), tree, other)
+
+
+def auto_shards(tree: Any) -> int:
+    """Over how many devices at most the compiler may divide arrays: those of Auto axes of the mesh that they are on."""
+    sizes = [1]
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        kinds = () if mesh is None else zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+        sizes.append(math.prod(size for kind, size in kinds if kind == AxisType.Auto))
+    return max(sizes)
 
 
 def zeros(like: Any, leading: tuple[int, ...] = ()) -> Any:

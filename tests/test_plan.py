@@ -74,19 +74,18 @@ def test_explain_says_why_a_tensor_falls_back():
     def loss_fn(p, x):
         small = lax.while_loop(lambda h: jnp.abs(h).sum() > 1, lambda h: 0.3 * jnp.tanh(h @ p["stopped"]), x)
         h = lax.stop_gradient(small) + jnp.tanh(x @ p["tied"]) @ p["tied"]
-        return (jnp.fft.fft(h * p["scale"]).real @ (p["u"] @ p["v"])).sum() + h @ lax.top_k(p["s"], 4)[0]
+        h = jnp.fft.fft(h * p["scale"]).real @ (p["u"] @ p["v"])
+        return (h @ (p["normed"] / jnp.linalg.norm(p["normed"]))).sum() + h @ lax.top_k(p["s"], 4)[0]
 
-    params = {name: jnp.ones((4, 4)) for name in ("tied", "u", "v", "unused", "stopped")}
+    params = {name: jnp.ones((4, 4)) for name in ("tied", "u", "v", "normed", "unused", "stopped")}
     params |= {"scale": jnp.ones(4), "s": jnp.ones(5)}
     why = {row.path: (row.rule, row.reason) for row in cg.explain(loss_fn, params, jnp.ones(4))}
     assert why["scale"] == ("elementwise", "")
-    assert why["tied"] == ("vjp", "used 2 times: gradients add up before they are squared")
-    assert why["u"] == why["v"]
-    assert why["u"][0] == "vjp"
-    assert "transformed by other parameters" in why["u"][1]
+    assert why["tied"] == ("gram", "")  # two positions of one product
+    assert why["u"] == why["v"] == ("closed", "")  # each acts on one factor of the other's gradient
+    assert why["normed"] == ("vjp", "transformed by other parameters or in several ways before dot_general")
     assert why["unused"] == ("none", "no example's gradient reaches it")
-    assert why["stopped"][0] == "vmap"
-    assert why["stopped"][1].endswith("JAX has no reverse mode for while")
+    assert why["stopped"] == ("none", "no example's gradient reaches it")
 
 
 def test_a_loss_that_jax_cannot_differentiate_is_refused_by_equation_and_line():
@@ -199,7 +198,7 @@ def test_a_registered_product_takes_the_place_of_a_rule():
     finally:
         RULES.clear()
         RULES.update(before)
-    assert calls == [1]
+    assert set(calls) == {1}
     assert float(got[0]) == pytest.approx(3 * 25)
 
 
@@ -229,7 +228,7 @@ def test_rules_hold_in_checkpoints_and_checkpoints_of_scans_are_opened():
 
     params = {"w": jnp.ones((3, 4, 4)), "v": jnp.ones((3, 4, 4)), "e": jnp.ones((9, 4))}
     found = {row.path: row.rule for row in cg.explain(loss_fn, params, jnp.zeros(2, jnp.int32))}
-    assert found == {"e": "norm", "v": "gram", "w": "vjp"}  # w: used twice
+    assert found == {"e": "norm", "v": "gram", "w": "gram"}
 
 
 def test_equations_grow_linearly_with_depth():

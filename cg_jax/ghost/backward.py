@@ -1,5 +1,7 @@
 """One forward and one backward pass over the batch that leave, for every site, what its rule needs."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,12 +39,9 @@ def backward(
         return jax.vmap(one)(taps, examples)
 
     taps = _zero_taps(program, (weights.shape[0],))
-    try:
+    with located_errors(program):
         losses, pull, (aux, seen) = jax.vjp(forward, taps, jnp.zeros(()), has_aux=True)
         cotangents, _ = pull(_compat.vary(weights.astype(losses.dtype), _compat.varying_axes(losses)))
-    except (ValueError, NotImplementedError) as error:
-        _raise_located(program, error)
-        raise
 
     def at(tree: Any, key: tuple[int, ...]) -> Any:
         for index in key:
@@ -52,16 +51,21 @@ def backward(
     return losses, aux, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}
 
 
-def _raise_located(program: Program, error: Exception) -> None:
-    """The error of a loss that JAX cannot differentiate, with the equation that it cannot."""
-    for eqn in program.dynamic:
-        positions = [i for i, atom in enumerate(eqn.invars) if is_inexact(atom)]
-        if positions and not _compat.has_reverse_mode(eqn, positions):
-            where = _compat.source_of(eqn) or "an unknown line"
-            raise ValueError(
-                "Expected a loss_fn that jax.grad can differentiate, got one whose gradient passes through "
-                f"{eqn.primitive.name}, at {where}, which has no reverse mode: {error}"
-            ) from error
+@contextlib.contextmanager
+def located_errors(program: Program) -> Iterator[None]:
+    """Of a loss that JAX cannot differentiate, say which equation it cannot."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        for eqn in program.dynamic:
+            positions = [i for i, atom in enumerate(eqn.invars) if is_inexact(atom)]
+            if positions and not _compat.has_reverse_mode(eqn, positions):
+                where = _compat.source_of(eqn) or "an unknown line"
+                raise ValueError(
+                    "Expected a loss_fn that jax.grad can differentiate, got one whose gradient passes through "
+                    f"{eqn.primitive.name}, at {where}, which has no reverse mode: {error}"
+                ) from error
+        raise
 
 
 def _zero_taps(program: Program, leading: tuple[int, ...]) -> dict[int, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cg_jax import _compat, _validate, trees
 from cg_jax._loss import LossFn, checked_pair, example_of
 from cg_jax.ghost import capture, cost, instances, scalars
-from cg_jax.ghost.backward import Traces, backward
+from cg_jax.ghost.backward import Traces, backward, located_errors
 from cg_jax.ghost.capture import Program, Use, evaluate, read_all
 from cg_jax.ghost.plan import RulePlan, Yield
 from cg_jax.ghost.product import Product
@@ -53,7 +53,8 @@ def statistics(
     leaves, structure = jax.tree.flatten(kept)
     todo = cost.cheapest(program, max_bytes)
     if todo.is_vmap:
-        sq_norms, sums, losses, aux = _by_vmap(loss, kept, batch, weights, todo.groups[0].chunk)
+        with located_errors(program):
+            sq_norms, sums, losses, aux = _by_vmap(loss, kept, batch, weights, todo.groups[0].chunk)
         return losses, sq_norms, sums, aux
     env = program.constants | dict(zip(program.parameters, leaves, strict=True))
     evaluate(program.static, env)

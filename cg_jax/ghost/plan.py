@@ -198,8 +198,8 @@ def _rule_plan(program: Program, parameter: int, places: list[Place], limit: int
     form = product_form(product)
     if len(places) > 1 and form == "instantiate":
         return many  # what is built for each use adds up as well
-    if product.rearranges and form == "gram" and any(path.length is not None for path in paths):
-        form = "instantiate"  # the sum needs as many operations, and comes with it
+    if not product.rearranges and places[0][0].nested is not None:
+        form = "instantiate"  # the primitive's own vjp, which would form the sum, stands in the body
     chunk = product_chunk(product, form, itemsize, limit)
     return RulePlan(parameter, tuple(places), tuple(paths), product, form, chunk, itemsize)
 

@@ -1,6 +1,7 @@
 """What a batch says of the gradients of one tensor, computed: norms and sums of products, and of gradients in chunks."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,9 +99,30 @@ def along(product: Product, x: Any, cotangent: Any, direction: jax.Array) -> jax
 
 
 def in_chunks(f: Callable[[Any], jax.Array], rows: PyTree, chunk: int) -> jax.Array:
-    """`f` of every row, `chunk` of them at once."""
+    """`f` of every row, `chunk` of them at once on each device."""
+
+    def of_shard(rows: PyTree) -> jax.Array:
+        size = jax.tree.leaves(rows)[0].shape[0]
+        return jax.vmap(f)(rows) if chunk >= size else jax.lax.map(f, rows, batch_size=chunk)
+
+    shards = _by_shard(rows, chunk)
+    return of_shard(rows) if shards is None else _joined(jax.vmap(of_shard)(shards))
+
+
+def _by_shard(rows: PyTree, chunk: int) -> PyTree | None:
+    """Rows as [shards, size, ...] where the compiler may divide them over devices and a loop would be needed.
+
+    A loop over chunks of the whole batch would make every device gather all chunks. Over chunks of each device's own
+    part, nothing moves.
+    """
     size = jax.tree.leaves(rows)[0].shape[0]
-    return jax.vmap(f)(rows) if chunk >= size else jax.lax.map(f, rows, batch_size=chunk)
+    shards = math.gcd(size, _compat.auto_shards(rows)) if chunk < size else 1
+    return None if shards == 1 else jax.tree.map(lambda x: x.reshape(shards, size // shards, *x.shape[1:]), rows)
+
+
+def _joined(tree: PyTree) -> PyTree:
+    """[shards, size, ...] as [B, ...]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
 def _last_axis_sq_norms(x: jax.Array) -> jax.Array:
@@ -117,6 +139,17 @@ def accumulate_with(
     gradient: Callable[[Any], tuple[PyTree, PyTree]], operands: PyTree, chunk: int
 ) -> tuple[PyTree, PyTree, PyTree]:
     """(‖gᵢ‖² [B], Σ gᵢ, what comes beside them [B, ...]) of (gᵢ, beside) = gradient(operands[i])."""
+    shards = _by_shard(operands, chunk)
+    if shards is None:
+        return _of_shard(gradient, operands, chunk)
+    sq_norms, totals, beside = jax.vmap(lambda rows: _of_shard(gradient, rows, chunk))(shards)
+    return _joined(sq_norms), jax.tree.map(lambda total: total.sum(0), totals), _joined(beside)
+
+
+def _of_shard(
+    gradient: Callable[[Any], tuple[PyTree, PyTree]], operands: PyTree, chunk: int
+) -> tuple[PyTree, PyTree, PyTree]:
+    """The same of the examples of one device."""
     size = jax.tree.leaves(operands)[0].shape[0]
 
     def of_rows(rows: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
