@@ -1,8 +1,8 @@
 """One forward and one backward pass over the batch that leave, for every site, what its rule needs."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from cg_jax import _compat
 from cg_jax.ghost.activity import is_inexact
 from cg_jax.ghost.capture import Nested, Program, Site, differentiated, evaluate, read_all, uses_of
+from cg_jax.ghost.inline import InlinePlan
 
 # For each use: its dynamic operands, and the cotangents of its outputs, all [B, ...]; [B, length, ...] in a scan.
 Traces = dict[tuple[int, ...], tuple[list[jax.Array], list[jax.Array]]]
@@ -26,29 +27,51 @@ def _tap(value: jax.Array, tap: jax.Array) -> jax.Array:
 _tap.defvjp(lambda value, tap: (_tap(value, tap), None), lambda _, cotangent: (cotangent, cotangent))
 
 
-def backward(
-    program: Program, env: dict[Any, Any], examples: list[jax.Array], weights: jax.Array
-) -> tuple[jax.Array, list[jax.Array], Traces]:
-    """(losses [B], auxiliary values [B, ...], what every site saw: the cotangents of Σ wᵢ ℓᵢ at its outputs)."""
+class Pass(NamedTuple):
+    """What one forward and one backward pass over the batch left."""
 
-    def forward(taps: Any, zero: jax.Array) -> tuple[jax.Array, Any]:
+    losses: jax.Array  # [B]
+    aux: list[jax.Array]  # [B, ...]
+    traces: Traces
+    sums: list[jax.Array]  # Σ wᵢ gᵢ of the views of tensors whose norms were taken inside
+
+
+def backward(
+    program: Program,
+    env: dict[Any, Any],
+    examples: list[jax.Array],
+    weights: jax.Array,
+    inside: Sequence[InlinePlan] = (),
+) -> Pass:
+    """Run the loss of every example, and Σ wᵢ ℓᵢ back to what every site made.
+
+    A site of `inside` leaves ‖wᵢ gᵢ‖² of every step in place of its cotangent, and the sum of its view's gradients.
+    """
+    plans = {plan.use.key: plan for plan in inside}
+    views = [plan.path.outer[-1].result if plan.path.outer else program.parameters[plan.parameter] for plan in inside]
+
+    def forward(taps: Any, zero: jax.Array, values: list[jax.Array]) -> tuple[jax.Array, Any]:
+        static = env | dict(zip(views, values, strict=True))
+
         def one(taps: Any, example: list[jax.Array]) -> tuple[jax.Array, Any]:
-            (loss, *aux), seen = _run(program, env | dict(zip(program.inputs, example, strict=True)), taps, zero)
+            run = _Run(zero, plans)
+            (loss, *aux), seen = run.of(program, static | dict(zip(program.inputs, example, strict=True)), taps, ())
             return loss, (aux, seen)
 
         return jax.vmap(one)(taps, examples)
 
-    taps = _zero_taps(program, (weights.shape[0],))
+    taps = _zero_taps(program, (weights.shape[0],), (), plans)
     with located_errors(program):
-        losses, pull, (aux, seen) = jax.vjp(forward, taps, jnp.zeros(()), has_aux=True)
-        cotangents, _ = pull(_compat.vary(weights.astype(losses.dtype), _compat.varying_axes(losses)))
+        values = [env[view] for view in views]
+        losses, pull, (aux, seen) = jax.vjp(forward, taps, jnp.zeros(()), values, has_aux=True)
+        cotangents, _, sums = pull(_compat.vary(weights.astype(losses.dtype), _compat.varying_axes(losses)))
 
     def at(tree: Any, key: tuple[int, ...]) -> Any:
         for index in key:
             tree = tree[index]
         return tree
 
-    return losses, aux, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}
+    return Pass(losses, aux, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}, sums)
 
 
 @contextlib.contextmanager
@@ -68,62 +91,73 @@ def located_errors(program: Program) -> Iterator[None]:
         raise
 
 
-def _zero_taps(program: Program, leading: tuple[int, ...]) -> dict[int, Any]:
-    """Zeros for every tapped output, by site, [*leading, *shape]."""
+def _zero_taps(
+    program: Program, leading: tuple[int, ...], key: tuple[int, ...], plans: dict[tuple[int, ...], InlinePlan]
+) -> dict[int, Any]:
+    """Zeros for every tapped output, by site, [*leading, *shape]; one number where norms are taken inside."""
     taps: dict[int, Any] = {}
-    for index, found in program.sites.items():
-        if isinstance(found, Nested):
-            length = () if found.call.length is None else (found.call.length,)
-            taps[index] = _zero_taps(found.body, leading + length)
+    for index, site in program.sites.items():
+        if isinstance(site, Nested):
+            length = () if site.call.length is None else (site.call.length,)
+            taps[index] = _zero_taps(site.body, leading + length, (*key, index), plans)
         else:
-            avals = [found.eqn.outvars[k].aval for k in found.taps]
-            taps[index] = [_compat.zeros(aval, leading) for aval in avals]
+            avals = [site.eqn.outvars[k].aval for k in site.taps]
+            inside = (*key, index) in plans
+            taps[index] = [_compat.zeros(aval.update(shape=()) if inside else aval, leading) for aval in avals]
     return taps
 
 
-def _run(
-    program: Program, env: dict[Any, Any], taps: dict[int, Any], zero: jax.Array, in_body: bool = False
-) -> tuple[list[Any], dict[int, Any]]:
-    """(results, what the sites saw) of a program for one example; `env` holds all that is static, and the inputs."""
-    seen: dict[int, Any] = {}
-    for index, eqn in enumerate(program.dynamic):
-        operands, found = read_all(eqn.invars, env), program.sites.get(index)
-        if isinstance(found, Nested):
-            outs, seen[index] = _run_nested(found, operands, taps[index], zero)
-        else:
-            outs = _compat.bind(eqn, differentiated(program.marks.get(index, ()), operands, zero))
-        if isinstance(found, Site):
-            seen[index] = [operands[i] for i in found.dynamic]
-            for k, tap in zip(found.taps, taps[index], strict=True):
-                # The zeros of a body are not seen to be zeros when it is compiled; elsewhere to add them is folded away.
-                outs[k] = _tap(outs[k], tap) if in_body else outs[k] + tap
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return read_all(program.outputs, env), seen
+class _Run(NamedTuple):
+    """How a program is run for one example."""
 
+    zero: jax.Array  # differentiated, for rules that ask what is
+    plans: dict[tuple[int, ...], InlinePlan]  # the uses whose norms are taken inside
 
-def _run_nested(
-    nested: Nested, operands: list[Any], taps: dict[int, Any], zero: jax.Array
-) -> tuple[list[Any], dict[int, Any]]:
-    """A scan that takes taps and hands out what the sites of every step saw, stacked; a checkpoint, likewise."""
-    body, call = nested.body, nested.call
+    def of(
+        self, program: Program, env: dict[Any, Any], taps: dict[int, Any], key: tuple[int, ...]
+    ) -> tuple[list[Any], dict[int, Any]]:
+        """(results, what the sites saw) of a program; `env` holds all that is static, and the inputs."""
+        seen: dict[int, Any] = {}
+        for index, eqn in enumerate(program.dynamic):
+            operands, site = read_all(eqn.invars, env), program.sites.get(index)
+            if isinstance(site, Nested):
+                outs, seen[index] = self.of_nested(site, operands, taps[index], (*key, index))
+            else:
+                outs = _compat.bind(eqn, differentiated(program.marks.get(index, ()), operands, self.zero))
+            if isinstance(site, Site):
+                seen[index] = [operands[i] for i in site.dynamic]
+                plan = self.plans.get((*key, index))
+                for k, tap in zip(site.taps, taps[index], strict=True):
+                    if plan is not None:
+                        outs[k], seen[index] = plan.tap(outs[k], tap, seen[index]), []
+                    else:  # to add zeros is folded away, but for those of a body, which are not seen to be zeros
+                        outs[k] = _tap(outs[k], tap) if key else outs[k] + tap
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return read_all(program.outputs, env), seen
 
-    def once(operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
-        env = body.constants | dict(zip(body.all_inputs, operands, strict=True))
-        evaluate(body.static, env)
-        return _run(body, env, taps, zero, in_body=True)
+    def of_nested(
+        self, nested: Nested, operands: list[Any], taps: dict[int, Any], key: tuple[int, ...]
+    ) -> tuple[list[Any], dict[int, Any]]:
+        """A scan that takes taps and hands out what the sites of every step saw, stacked; a checkpoint, likewise."""
+        body, call = nested.body, nested.call
 
-    if call.length is None:
-        return _compat.checkpoint_like(nested.eqn, once)(operands, taps)
-    consts, init, slices = call.split(operands)
+        def once(operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
+            env = body.constants | dict(zip(body.all_inputs, operands, strict=True))
+            evaluate(body.static, env)
+            return self.of(body, env, taps, key)
 
-    def step(carry: list[Any], row: tuple[list[Any], dict[int, Any]]) -> tuple[list[Any], Any]:
-        outs, seen = once([*consts, *carry, *row[0]], row[1])
-        return outs[: call.num_carry], (outs[call.num_carry :], seen)
+        if call.length is None:
+            return _compat.checkpoint_like(nested.eqn, once)(operands, taps)
+        consts, init, slices = call.split(operands)
 
-    if nested.checkpoint is not None:
-        step = _compat.checkpoint_like(nested.checkpoint, step)
-    params = nested.eqn.params
-    carry, (stacked, seen) = jax.lax.scan(
-        step, init, (slices, taps), call.length, reverse=params["reverse"], unroll=params["unroll"]
-    )
-    return [*carry, *stacked], seen
+        def step(carry: list[Any], row: tuple[list[Any], dict[int, Any]]) -> tuple[list[Any], Any]:
+            outs, seen = once([*consts, *carry, *row[0]], row[1])
+            return outs[: call.num_carry], (outs[call.num_carry :], seen)
+
+        if nested.checkpoint is not None:
+            step = _compat.checkpoint_like(nested.checkpoint, step)
+        params = nested.eqn.params
+        carry, (stacked, seen) = jax.lax.scan(
+            step, init, (slices, taps), call.length, reverse=params["reverse"], unroll=params["unroll"]
+        )
+        return [*carry, *stacked], seen

@@ -69,7 +69,7 @@ def cheapest(program: Program, max_bytes: int | None = None) -> Plan:
     if not any(_compat.holds_jaxprs(use.site.eqn) for use in uses):
         return plan  # at most the sums are formed twice
     some = tuple(sorted(i for group in plan.groups for i in group.parameters))
-    every = tuple(sorted((*some, *(tensor.parameter for tensor in plan.rules))))
+    every = tuple(sorted((*some, *(tensor.parameter for tensor in (*plan.rules, *plan.inline)))))
     plans = [
         plan,
         dataclasses.replace(plan, groups=(by_whole_loss(program, some, DEAR, max_bytes),)),

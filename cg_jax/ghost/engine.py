@@ -2,7 +2,7 @@
 left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from cg_jax import _compat, _validate, trees
 from cg_jax._loss import LossFn, checked_pair, example_of
 from cg_jax.ghost import capture, cost, instances, scalars
-from cg_jax.ghost.backward import Traces, backward, located_errors
+from cg_jax.ghost.backward import Pass, Traces, backward, located_errors
 from cg_jax.ghost.capture import Program, Use, evaluate, read_all
-from cg_jax.ghost.plan import RulePlan, Yield
+from cg_jax.ghost.inline import InlinePlan
+from cg_jax.ghost.plan import RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import (
+    Yield,
     accumulate,
     accumulate_with,
     along,
@@ -25,7 +27,7 @@ from cg_jax.ghost.products import (
     without_gradients,
 )
 from cg_jax.ghost.rules import Norm
-from cg_jax.ghost.uses import to_parameter
+from cg_jax.ghost.uses import rearranged, to_parameter
 
 PyTree = Any
 
@@ -58,8 +60,11 @@ def statistics(
         return losses, sq_norms, sums, aux
     env = program.constants | dict(zip(program.parameters, leaves, strict=True))
     evaluate(program.static, env)
-    losses, aux, traces = _traces(program, env, batch, weights)
+    losses, aux, traces, of_views = _pass(program, env, batch, weights, todo.inline)
     yields: dict[int, Yield] = {}
+    for plan, total in zip(todo.inline, of_views, strict=True):
+        _, (sq_norms,) = traces[plan.use.key]
+        yields[plan.parameter] = sq_norms.sum(1), rearranged(plan.path.outer, total)
     for tensor in todo.rules:
         yields[tensor.parameter] = _of_tensor(program, env, tensor, traces)
     for group in todo.groups:
@@ -79,16 +84,17 @@ def statistics(
     return losses, sq_norms, sums, jax.tree.unflatten(aux_structure, aux)
 
 
-def _traces(
-    program: Program, env: dict[Any, Any], batch: PyTree, weights: jax.Array | None
-) -> tuple[jax.Array, list[jax.Array], Traces]:
-    """(losses [B], auxiliary values [B, ...], what every site saw); nothing comes back to rows of weight 0."""
+def _pass(
+    program: Program, env: dict[Any, Any], batch: PyTree, weights: jax.Array | None, inside: Sequence[InlinePlan]
+) -> Pass:
+    """The one pass; nothing comes back to rows of weight 0."""
     ones = jnp.ones(jax.tree.leaves(batch)[0].shape[0])
     if weights is None or not program.has_custom_vjp():
-        return backward(program, env, jax.tree.leaves(batch), ones if weights is None else weights)
+        return backward(program, env, jax.tree.leaves(batch), ones if weights is None else weights, inside)
     # A custom_vjp may answer a zero cotangent with anything: rows are left out afterwards, by selection.
-    losses, aux, traces = backward(program, env, jax.tree.leaves(batch), ones)
-    return losses, aux, {key: (seen, _select(weights, cotangents)) for key, (seen, cotangents) in traces.items()}
+    left = backward(program, env, jax.tree.leaves(batch), ones)
+    traces = {key: (seen, _select(weights, cotangents)) for key, (seen, cotangents) in left.traces.items()}
+    return left._replace(traces=traces)
 
 
 def _by_vmap(

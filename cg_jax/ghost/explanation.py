@@ -8,6 +8,7 @@ from cg_jax import _compat, _validate, trees
 from cg_jax._loss import with_state
 from cg_jax.ghost import cost, plan
 from cg_jax.ghost.capture import Use, capture
+from cg_jax.ghost.inline import InlinePlan
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.per_example import LossFn
@@ -97,6 +98,8 @@ def explain(
     todo = cost.cheapest(program, max_bytes)
     used = {i: [use for use, _ in uses] for i, uses in plan.uses_by_parameter(program).items()}
     made = {tensor.parameter: _by_rule(tensor) for tensor in todo.rules}
+    for plan_inside in todo.inline:
+        made[plan_inside.parameter] = _inside(plan_inside)
     for group in todo.groups:
         size = plan.group_bytes(program, group.parameters, group.uses)
         made |= {i: _in_group(group, k, used[i], size) for k, i in enumerate(group.parameters)}
@@ -134,6 +137,12 @@ def _by_rule(tensor: RulePlan) -> tuple[str, int, int, int, str]:
     if not isinstance(rule, Product):
         return form, cost.of_rule(tensor), 2 * plan.norm_bytes(tensor.places[0][0]), tensor.chunk, ""
     return form, cost.of_rule(tensor), plan.product_bytes(rule, form, tensor.itemsize), tensor.chunk, ""
+
+
+def _inside(each: InlinePlan) -> tuple[str, int, int, int, str]:
+    """The same for a tensor whose norms are taken inside a scan."""
+    size = 0 if each.product is None else plan.product_bytes(each.product, each.form, 4)
+    return each.form, cost.of_use(each.use), size, each.chunk, ""
 
 
 def _in_group(group: GroupPlan, k: int, uses: list[Use], size: int) -> tuple[str, int, int, int, str]:

@@ -12,21 +12,19 @@ The choice is by operations and bytes, measured in benchmarks/crossover.py and t
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
 from cg_jax.ghost.capture import Program, Use, leading_to, uses_of
+from cg_jax.ghost.inline import InlinePlan, inline_plan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.rules import Norm, rule_for
 from cg_jax.ghost.uses import Path, Place, path_of, product_of, together
 from cg_jax.ghost.views import is_isometric, path_to
-
-# What a tensor is asked for: squared norms [B], and the sum over the batch.
-Yield = tuple[jax.Array, jax.Array]
 
 # Bytes that the per-example arrays of one tensor may take at once, by default.
 _MAX_BYTES = {"cpu": 2**26}
@@ -87,6 +85,7 @@ class Plan:
 
     rules: tuple[RulePlan, ...]
     groups: tuple[GroupPlan, ...]
+    inline: tuple[InlinePlan, ...] = ()  # norms inside the backward pass
     is_vmap: bool = False  # all by vmap(grad) of the loss, which is the one pass then
 
 
@@ -108,11 +107,16 @@ def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
     places = uses_by_parameter(program)
     numbers = _numbers(program, places)
     rules: list[RulePlan] = []
+    inline: list[InlinePlan] = []
     reasons: dict[int, str] = {}
     for parameter, of_one in places.items():
         shared = tuple(place for place in of_one if _key(place) in numbers)
         others = [place for place in of_one if _key(place) not in numbers]
         if not of_one:
+            continue
+        inside = None if shared else inline_plan(program, parameter, others, functools.partial(_form, limit), limit)
+        if inside is not None:
+            inline.append(inside)
             continue
         plan = _rule_plan(program, parameter, others, limit) if others else _number_plan(program, parameter, shared)
         if isinstance(plan, str):
@@ -122,7 +126,14 @@ def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
             rules.append(dataclasses.replace(plan, numbers=shared, exact=exact))
         else:
             rules.append(plan)
-    return Plan(tuple(rules), _groups(program, {i: places[i] for i in reasons}, numbers, reasons, limit))
+    groups = _groups(program, {i: places[i] for i in reasons}, numbers, reasons, limit)
+    return Plan(tuple(rules), groups, tuple(inline))
+
+
+def _form(limit: int, product: Product) -> tuple[str, int]:
+    """(form, chunk) of a product whose sum is formed apart."""
+    form = product_form(product)
+    return form, product_chunk(product, form, 4, limit)
 
 
 def _key(place: Place) -> tuple[tuple[int, ...], int]:
@@ -291,12 +302,6 @@ def product_form(product: Product) -> str:
         worth = _PER_NUMBER if product.rearranges else _PER_NUMBER_OF_PATCHES
         return "gram" if t * t * (d + p) <= worth * d * p else "instantiate"
     return "gram" if 2 * t * t <= d * p else "instantiate"
-
-
-def is_faster_flipped(product: Product) -> bool:
-    """Whether BᵀA is faster than AᵀB; measured on XLA:CPU, where a wide B wants to stand first."""
-    _, _, d, p = product.dims
-    return _compat.backend() == "cpu" and 64 <= p < d
 
 
 def product_bytes(product: Product, form: str, itemsize: int) -> int:

@@ -19,7 +19,8 @@ from cg_jax import trees
 from cg_jax.ghost import instances
 from cg_jax.ghost.backward import Traces
 from cg_jax.ghost.capture import Program
-from cg_jax.ghost.plan import RulePlan, Yield
+from cg_jax.ghost.plan import RulePlan
+from cg_jax.ghost.products import Yield
 
 # ‖gᵢ‖² over ‖hᵢ‖² + ‖Σ cᵢₖ vₖ‖², below which too few digits are left.
 _CANCELS = 0.05

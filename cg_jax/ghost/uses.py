@@ -66,9 +66,9 @@ def product_of(
     if not isinstance(base, Product):
         return None
     if path.is_isometric and alone:
-        of_body = base._replace(to_view=lambda g: _rearranged(path.inner, base.to_view(g)))
+        of_body = base._replace(to_view=lambda g: rearranged(path.inner, base.to_view(g)))
         joined = of_body if path.length is None else lift(of_body, path.length, path.is_slice)
-        return joined._replace(to_view=lambda g: _rearranged(path.outer, joined.to_view(g)), sides=None)
+        return joined._replace(to_view=lambda g: rearranged(path.outer, joined.to_view(g)), sides=None)
     shape = use.site.eqn.invars[position].aval.shape
     body = use.nested.body if use.nested else program
     read_outer, read_inner = _readers(program, use, env)
@@ -102,7 +102,7 @@ def product_of(
     return factors.to_product(aval.shape, of_example, Factors(a, b, sides[-1], scale), base)
 
 
-def _rearranged(steps: list[Step], gradient: jax.Array) -> jax.Array:
+def rearranged(steps: list[Step], gradient: jax.Array) -> jax.Array:
     """A gradient with respect to a view that rearranges the first operand of the steps, as one with respect to that."""
     if not steps:
         return gradient

@@ -1,0 +1,132 @@
+"""Norms taken inside the backward pass of a scan: where each step has its own slice of a tensor, as stacked layers have.
+
+A trace keeps what went in and what came back at every step, several times what a plain gradient keeps of a scan of
+checkpoints. Here each step hands out one number for each example, ‖gᵢ‖² of its slice, as the cotangent of a number that
+it is given; the sum over the batch is the slice's ordinary gradient. The slices' gradients do not overlap, so that their
+squared norms add up.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cg_jax import _compat, trees
+from cg_jax.ghost.capture import Program, Use
+from cg_jax.ghost.product import Product
+from cg_jax.ghost.products import in_chunks, without_gradients
+from cg_jax.ghost.rules import rule_for
+from cg_jax.ghost.uses import Path, Place, path_of, rearranged
+from cg_jax.ghost.views import is_isometric
+
+# Linear in either operand, so that a gradient does not hang on the view's own values.
+_LINEAR = frozenset({"add", "add_any", "conv_general_dilated", "dot_general", "mul", "sub"})
+
+
+@dataclasses.dataclass(frozen=True)
+class InlinePlan:
+    """A tensor whose one use is in the body of a scan that is given slices of it."""
+
+    parameter: int
+    use: Use
+    position: int
+    path: Path
+    product: Product | None  # None: the gradient of a slice is built
+    form: str
+    chunk: int
+
+    def sq_norms(self, seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
+        """‖gᵢ‖² [B] of one step."""
+        eqn = self.use.site.eqn
+        dtype = trees.accumulator_dtype(eqn.invars[self.position].aval.dtype)
+        if self.product is not None and self.form != "instantiate":
+            return without_gradients(self.product, self.form, seen[0], cotangent, dtype, self.chunk).astype(dtype)
+
+        def gradient(row: tuple[list[jax.Array], jax.Array]) -> jax.Array:
+            if self.product is not None:
+                a, b = self.product.factors(row[0][0], row[1])
+                return jnp.einsum("ntd,ntp->ndp", a, b, precision=self.product.precision, preferred_element_type=dtype)
+            return self._gradient(*row)
+
+        return in_chunks(lambda row: trees.sq_norms(gradient(row)), (seen, cotangent), self.chunk)
+
+    def _gradient(self, seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
+        """One example's gradient of a slice, by the use's own vjp."""
+        first = self.path.inner[0].operand if self.path.inner else self.use.site.eqn.invars[self.position]
+
+        def outputs(value: jax.Array) -> jax.Array:
+            for step in self.path.inner:
+                value = _compat.bind(step.eqn, [value])[step.output]
+            operands = [None] * len(self.use.site.eqn.invars)
+            operands[self.position] = value
+            for i, each in zip(self.use.site.dynamic, seen, strict=True):
+                operands[i] = each
+            return _compat.bind(self.use.site.eqn, operands)[0]
+
+        (grad,) = jax.vjp(outputs, jnp.zeros(first.aval.shape, first.aval.dtype))[1](cotangent)
+        return grad
+
+    def tap(self, value: jax.Array, number: jax.Array, seen: list[jax.Array]) -> jax.Array:
+        """`value`; the cotangent of `number` is ‖gᵢ‖² of this step."""
+        return _tap(self.sq_norms, value, number, seen)
+
+
+def _tap(sq_norms: Callable[..., jax.Array], value: jax.Array, number: jax.Array, seen: list[jax.Array]) -> jax.Array:
+    @jax.custom_batching.custom_vmap
+    def norm(seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
+        return sq_norms([each[None] for each in seen], cotangent[None])[0]
+
+    @norm.def_vmap
+    def _(size: int, batched: Any, seen: list[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, bool]:
+        rows = jax.tree.map(
+            lambda each, has_rows: each if has_rows else jnp.broadcast_to(each, (size, *each.shape)),
+            (seen, cotangent),
+            tuple(batched),
+        )
+        return sq_norms(*rows), True
+
+    @jax.custom_vjp
+    def identity(value: jax.Array, number: jax.Array, seen: list[jax.Array]) -> jax.Array:
+        del seen
+        # Each example's own, even where the value is the same for all; folded away when it is compiled.
+        return jax.lax.select(
+            jnp.zeros(value.shape, bool), jnp.broadcast_to(number, value.shape).astype(value.dtype), value
+        )
+
+    def backward(seen: list[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+        return cotangent, norm(seen, cotangent).astype(number.dtype), None
+
+    identity.defvjp(lambda value, number, seen: (identity(value, number, seen), seen), backward)
+    return identity(value, number, seen)
+
+
+def inline_plan(
+    program: Program, parameter: int, places: list[Place], form_of: Callable[[Product], tuple[str, int]], limit: int
+) -> InlinePlan | None:
+    """The plan of a tensor whose norms can be taken inside a scan; None for all others."""
+    if len(places) != 1 or program.has_custom_vjp():
+        return None
+    use, position = places[0]
+    site, dtype = use.site, program.parameters[parameter].aval.dtype
+    path = path_of(program, use, position, parameter)
+    if (
+        path is None
+        or not path.is_slice
+        or not is_isometric(path.outer)
+        or any(len(step.eqn.invars) != 1 for step in path.inner)
+        or site.eqn.primitive.name not in _LINEAR
+        or len(site.views) != 1
+        or len(site.taps) != 1
+        or len(site.dynamic) + 1 != len(site.eqn.invars)
+        or dtype != trees.accumulator_dtype(dtype)  # the plain gradient would be rounded for each batch
+        or site.eqn.invars[position].aval.dtype != dtype
+    ):
+        return None
+    rule = rule_for(site.eqn, position)
+    if isinstance(rule, Product) and is_isometric(path.inner):
+        product = rule._replace(to_view=lambda g: rearranged(path.inner, rule.to_view(g)))
+        return InlinePlan(parameter, use, position, path, product, *form_of(product))
+    size = program.parameters[parameter].aval.size // (path.length or 1) * dtype.itemsize
+    return InlinePlan(parameter, use, position, path, None, "elementwise", max(1, limit // max(1, size)))
