@@ -2,8 +2,8 @@
 
 A view that is linear in one parameter keeps a gradient G = Σₜ aₜ bₜᵀ a sum of products, with other factors: a scale of
 rows or columns, a selection of them, a slice, a concatenation or a product with another matrix (LoRA) acts on one of
-the two factors alone. So no gradient of an example is built for them. A mask, or the derivative of what
-is done entry by entry, multiplies G itself.
+the two factors alone. So no gradient of an example is built for them. A mask, or the derivative of what is
+done entry by entry, multiplies G itself.
 """
 
 import math

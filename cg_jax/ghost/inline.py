@@ -1,9 +1,9 @@
-"""Norms taken inside the backward pass of a scan: where each step has its own slice of a tensor, as stacked layers have.
+"""Norms taken inside the backward pass of a scan, where each step has its own slice of a tensor: stacked layers.
 
 A trace keeps what went in and what came back at every step, several times what a plain gradient keeps of a scan of
-checkpoints. Here each step hands out one number for each example, ‖gᵢ‖² of its slice, as the cotangent of a number that
-it is given; the sum over the batch is the slice's ordinary gradient. The slices' gradients do not overlap, so that their
-squared norms add up.
+checkpoints. Here each step hands out one number for each example, ‖gᵢ‖² of its slice, as the cotangent of a number
+that it is given; the sum over the batch is the slice's ordinary gradient. The slices' gradients do not overlap, so
+that their squared norms add up.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a batch says of the gradients of one tensor, computed: norms and sums of products, and of gradients in chunks."""
+"""Norms and sums over a batch of the gradients of one tensor: of products, and of gradients built in chunks."""
 
 import functools
 import math
