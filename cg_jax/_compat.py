@@ -69,6 +69,12 @@ def _scan_counts(eqn: Any) -> tuple[int, int]:
     return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
+def carry_of(eqn: Any) -> range:
+    """The positions of the operands that begin a scan's carry."""
+    num_consts, num_carry = _scan_counts(eqn)
+    return range(num_consts, num_consts + num_carry)
+
+
 def body_of(eqn: Any) -> Body | None:
     """The body of a scan or a checkpoint, else None."""
     if eqn.primitive.name == "scan":

@@ -124,6 +124,9 @@ def _inline(
         opened = _compat.is_checkpoint(eqn) and (in_body or _compat.holds(eqn, "scan"))
         inner = _compat.inner_jaxpr(eqn, opened)
         with _compat.keep_source(eqn):
+            if eqn.primitive.name == "scan" and not in_body:
+                for i in _compat.carry_of(eqn):
+                    values[i] = jnp.copy(values[i])  # where a parameter begins a carry, its one use, see `_classify`
             if inner is not None:
                 outs = _inline(*inner, values, in_body, eqn if opened else around)
             elif around is not None and eqn.primitive.name == "scan" and not in_body:
@@ -169,14 +172,17 @@ def _classify(
     depends, varying, carrying = set(parameters), set(inputs), set(active)
     static: list[Any] = []
     dynamic: list[tuple[Any, tuple[int, ...]]] = []  # equations, and which of their results carry a tangent
+    begins = _beginnings(flat.jaxpr.eqns) if nest else set()
     for eqn in leading_to([out for out in flat.jaxpr.outvars if is_var(out)], flat.jaxpr.eqns):
         operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
         if any(var in depends for var in operands):
             depends.update(eqn.outvars)
         passing = [i for i, var in enumerate(operands) if var in carrying or reach.get(var)]
         outs = activity.active_outputs(eqn, passing) if passing else ()
-        # What draws nothing from the example may still have to run for each of them: a side effect.
-        if not any(var in varying for var in operands) and not eqn.effects:
+        # What draws nothing from the example may still have to run for each of them: a side effect. A parameter that
+        # begins a carry is where an example meets it, so that the scan is given each example's own.
+        is_use = bool(outs) and any(out in begins for out in eqn.outvars)
+        if not any(var in varying for var in operands) and not eqn.effects and not is_use:
             static.append(eqn)
             touched = frozenset().union(*(reach.get(var, frozenset()) for var in operands))
             reach.update((eqn.outvars[k], touched) for k in outs)
@@ -203,6 +209,13 @@ def _classify(
         producers={out: eqn for eqn in static for out in eqn.outvars},
         depends=any(out in depends for out in flat.jaxpr.outvars[:1] if is_var(out)),
     )
+
+
+def _beginnings(eqns: Sequence[Any]) -> set[Any]:
+    """The copies that begin the carries of scans."""
+    copies = {out for eqn in eqns if eqn.primitive.name in ("copy", "copy_p") for out in eqn.outvars}
+    scans = [eqn for eqn in eqns if eqn.primitive.name == "scan"]
+    return {atom for eqn in scans for i in _compat.carry_of(eqn) if is_var(atom := eqn.invars[i]) and atom in copies}
 
 
 def _sites(

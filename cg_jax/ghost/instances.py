@@ -89,7 +89,7 @@ def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Tra
     seen, cotangents = trace
     if use.nested is not None:
         return _of_nested(use, use.nested, positions, env, trace)
-    if use.site.eqn.primitive.name in ("add", "add_any") and len(positions) == 1:
+    if use.site.eqn.primitive.name in ("add", "add_any", "copy", "copy_p") and len(positions) == 1:
         (view,) = (use.site.eqn.invars[p] for p in positions)
         if view.aval.shape == cotangents[0].shape:  # nothing to trace
             return [(view, cotangents[0].astype(view.aval.dtype))]

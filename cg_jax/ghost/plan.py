@@ -30,7 +30,9 @@ from cg_jax.ghost.views import is_isometric, path_to
 _MAX_BYTES = {"cpu": 2**26}
 _MAX_BYTES_ACCELERATOR = 2**28
 # Entry by entry: their own vjp costs what their cotangent does, so it is their rule.
-_ELEMENTWISE = frozenset({"add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2"})
+_ELEMENTWISE = frozenset(
+    {"add", "add_any", "copy", "copy_p", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2"}
+)
 # Multiplications that a number of G is worth, on a CPU.
 _PER_NUMBER = 20
 _PER_NUMBER_OF_PATCHES = 4
