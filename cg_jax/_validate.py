@@ -104,6 +104,20 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"Expected {name} to be a function, got {type(value).__name__}.")
 
 
+def transformation(name: str, value: Any) -> None:
+    """TypeError unless `value` is an optax transformation: an object with functions `init` and `update`."""
+    try:
+        whole = not isinstance(value, type) and callable(value.init) and callable(value.update)
+    except TypeError:  # a rule of ours, which says so itself
+        raise
+    except AttributeError:
+        whole = False
+    if not whole:
+        called = getattr(value, "__name__", None)
+        remedy = f"call it first: {called}(…)" if called else "pass one such as optax.sgd(learning_rate)"
+        raise TypeError(f"Expected {name} to be an optax transformation, got {name}={called or repr(value)}; {remedy}.")
+
+
 def something_to_differentiate(kept: PyTree) -> None:
     """ValueError if there is no leaf among the differentiable leaves of params."""
     if not jax.tree.leaves(kept):
