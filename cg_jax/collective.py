@@ -139,11 +139,12 @@ def _of_one_kind(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacke
     flat = jnp.concatenate([leaf.reshape(rows, -1) for leaf in leaves], axis=1)
     size = flat.shape[1]
     flat = jnp.pad(flat, ((0, 0), (0, -size % n)))
+    # Under vmap, pmap and check_vma=False JAX does not track what varies. vmap refuses the invarying gather below, and
+    # it cannot exchange what it does not know to differ.
+    tracked = _compat.varying_axes(flat) >= set(_names(axis_name))
+    flat = flat if tracked else jnp.where(jax.lax.axis_index(axis_name) >= 0, flat, flat)
     tile = jax.lax.all_to_all(flat, axis_name, split_axis=1, concat_axis=0, tiled=True)
-    tile = applied(rule, tile)
-    # Under vmap, pmap and check_vma=False JAX does not track what varies, and vmap refuses the invarying form.
-    tracked = _compat.varying_axes(tile) >= set(_names(axis_name))
     gather = _compat.all_gather_invarying if tracked else _plain_all_gather
-    whole = gather(tile, axis_name)[:size]
+    whole = gather(applied(rule, tile), axis_name)[:size]
     ends = itertools.accumulate(map(math.prod, shapes), initial=0)
     return [whole[a:b].reshape(shape) for (a, b), shape in zip(itertools.pairwise(ends), shapes, strict=True)]

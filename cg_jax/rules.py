@@ -22,6 +22,7 @@ from cg_jax import _validate, trees
 Rule = Callable[[jax.Array], jax.Array]
 
 _NETWORK_LIMIT = 16
+_UNROLL_LIMIT = 64
 
 
 class _NotATransformationError(TypeError, AttributeError):
@@ -178,9 +179,12 @@ def mean() -> Rule:
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values)
         k = values.shape[0]
+        if k > _UNROLL_LIMIT:
+            peak = jnp.abs(values).max(0)
+        else:
+            peak = functools.reduce(jnp.maximum, [jnp.abs(value) for value in values])
         if k > _NETWORK_LIMIT:
-            return _in_range(lambda fit: jax.vmap(fit)(values).mean(0), jnp.abs(values).max(0), k)
-        peak = functools.reduce(jnp.maximum, [jnp.abs(value) for value in values])
+            return _in_range(lambda fit: jax.vmap(fit)(values).mean(0), peak, k)
         return _in_range(lambda fit: _sum([fit(value) for value in values]) / k, peak, k)
 
     return _NamedRule("mean", None, rule)

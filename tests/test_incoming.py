@@ -194,3 +194,36 @@ def test_the_state_can_be_mapped_by_optax():
     transform = cg.m3(optax.adam(0.1))
     doubled = optax.tree.map_params(transform, lambda leaf: leaf + 1, transform.init(PARAMS))
     np.testing.assert_array_equal(doubled.grads["w"], jnp.ones((2, 2, 4)))
+
+
+MODES = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "checking leaks": jax.checking_leaks,
+    "x64": lambda: jax.enable_x64(True),
+    "no jit": jax.disable_jit,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_jax(mode):
+    want = jax.tree.map(lambda leaf: -jnp.ones(leaf.shape), PARAMS)
+    with MODES[mode]():
+        for transform, grads in (
+            (cg.m3(optax.sgd(1.0)), GRADS),
+            (optax.chain(cg.rm3(), optax.sgd(1.0)), GRADS),
+            (optax.chain(cg.rolling(cg.trimmed_mean(1), 3), optax.sgd(1.0)), GRADS),
+            (
+                cg.checked(optax.chain(cg.median_of_k(3), optax.sgd(1.0))),
+                jax.tree.map(lambda g: jnp.stack([g, g, g]), GRADS),
+            ),
+        ):
+            state = transform.init(PARAMS)
+            for _ in range(3):
+                updates, state = transform.update(grads, state, PARAMS)
+            jax.tree.map(np.testing.assert_array_equal, updates, want)
+        over = jax.vmap(lambda g: cg.across_devices(cg.median(), "d").update(g, None)[0], axis_name="d")
+        np.testing.assert_array_equal(over(jnp.arange(3.0)), 1.0)
+        grads = cg.micro_batch_grads(lambda w, x: (w * x).mean(), 2, batch_loss=True)(jnp.ones(()), jnp.arange(4.0))
+        np.testing.assert_array_equal(grads, [0.5, 2.5])
