@@ -107,15 +107,21 @@ def function(name: str, value: Any) -> None:
 def transformation(name: str, value: Any) -> None:
     """TypeError unless `value` is an optax transformation: an object with functions `init` and `update`."""
     try:
-        whole = not isinstance(value, type) and callable(value.init) and callable(value.update)
+        complete = not isinstance(value, type) and callable(value.init) and callable(value.update)
     except TypeError:  # a rule of ours, which says so itself
         raise
     except AttributeError:
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         called = getattr(value, "__name__", None)
         remedy = f"call it first: {called}(…)" if called else "pass one such as optax.sgd(learning_rate)"
         raise TypeError(f"Expected {name} to be an optax transformation, got {name}={called or repr(value)}; {remedy}.")
+
+
+def floating(name: str, dtype: Any) -> None:
+    """TypeError unless `dtype` is None or a floating dtype."""
+    if dtype is not None and not jax.numpy.issubdtype(jax.numpy.dtype(dtype), jax.numpy.floating):
+        raise TypeError(f"Expected {name} to be a floating dtype, got {name}={jax.numpy.dtype(dtype)}.")
 
 
 def something_to_differentiate(kept: PyTree) -> None:

@@ -30,7 +30,7 @@ def _stacked(rule: Rule, k: int | None, partial: bool, name: str) -> aggregating
             incoming.require_unmasked(updates, name)
         updates = incoming.arrays(updates)
         if params is not None:
-            incoming.require_shapes(updates, params, "a parameter", _STACK, stacked=True)
+            incoming.require_shapes(updates, params, _STACK, stacked=True)
         if jax.tree.leaves(updates) or not partial:
             rows = _validate.leading_axis("updates", updates)
             if k is not None and rows != k:
@@ -130,7 +130,8 @@ def consecutive(
         it.
 
     Raises:
-        TypeError: rule is no function of k values, or optimizer is no optax transformation.
+        TypeError: rule is no function of k values, optimizer no optax transformation, or accumulator_dtype no floating
+            dtype.
         ValueError: k < 1; when it meets gradients, another structure or shapes than at init or in `params` (k stacked
             gradients), a dtype wider than the slots', or a rule that makes another shape.
 
@@ -148,6 +149,7 @@ def consecutive(
     k = _validate.at_least("k", k, 1)
     require_rule(rule)
     _validate.transformation("optimizer", optimizer)
+    _validate.floating("accumulator_dtype", accumulator_dtype)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: PyTree) -> ConsecutiveState:
@@ -207,7 +209,7 @@ def rolling(rule: Rule, k: int, *, accumulator_dtype: Any = None) -> optax.Gradi
         gradients' dtype. None, for a leaf without a gradient, is treated as by `consecutive`.
 
     Raises:
-        TypeError: rule is no function of k values.
+        TypeError: rule is no function of k values, or accumulator_dtype no floating dtype.
         ValueError: k < 1; when it meets gradients, another structure or shapes than at init or in `params` (k stacked
             gradients), a dtype wider than the slots', or a rule that makes another shape.
 
@@ -225,6 +227,7 @@ def rolling(rule: Rule, k: int, *, accumulator_dtype: Any = None) -> optax.Gradi
     """
     k = _validate.at_least("k", k, 1)
     require_rule(rule)
+    _validate.floating("accumulator_dtype", accumulator_dtype)
 
     def init_fn(params: PyTree) -> RollingState:
         grads = tuple(memory.zeros(params, (), accumulator_dtype) for _ in range(k - 1))

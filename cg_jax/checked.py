@@ -67,7 +67,7 @@ def checked(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
                 "Expected params, with which updates are compared, got None; call update(…, state, params)."
             )
         out, after = inner.update(updates, state, params, **extra_args)
-        incoming.require_shapes(out, params, "a parameter", _STACKED)
+        incoming.require_shapes(out, params, _STACKED)
         _require_same_shapes(state, after)
         return incoming.with_zeros(out, params), after
 

@@ -81,7 +81,7 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
         if stacked:
             incoming.require_unmasked(updates, "across_devices(…, stacked=True)")
         if params is not None:
-            incoming.require_shapes(updates, params, "a parameter", _REMEDY[stacked], stacked)
+            incoming.require_shapes(updates, params, _REMEDY[stacked], stacked)
         if stacked:
             _validate.leading_axis("updates", updates)
         incoming.require_floating(updates)
@@ -92,8 +92,8 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
         kinds = [(jnp.result_type(leaf), _compat.varying_axes(leaf), leaf.size > 0) for leaf in leaves]
         for kind in dict.fromkeys(kinds):
             places = [i for i, each in enumerate(kinds) if each == kind]
-            found = _of_one_kind(rule, axis_name, [leaves[i] for i in places], stacked)
-            for i, leaf in zip(places, found, strict=True):
+            results = _of_one_kind(rule, axis_name, [leaves[i] for i in places], stacked)
+            for i, leaf in zip(places, results, strict=True):
                 out[i] = leaf
         whole = jax.tree.unflatten(structure, out)
         return whole if params is None else incoming.with_zeros(whole, params), state
@@ -111,9 +111,9 @@ def _check(updates: PyTree, axis_name: Any) -> None:
         tracked = _compat.varying_axes(*(jax.lax.axis_index(name) for name in names))
     except NameError:
         around = _compat.bound_axes()
-        found = f"axes {', '.join(map(repr, around))}" if around else "none"
+        present = f"axes {', '.join(map(repr, around))}" if around else "none"
         raise ValueError(
-            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around across_devices, got {found}."
+            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around across_devices, got {present}."
         ) from None
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         missing = [name for name in names if name in tracked - _compat.varying_axes(leaf)]

@@ -44,7 +44,7 @@ def with_zeros(updates: PyTree, params: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, filled)
 
 
-def require_shapes(updates: PyTree, like: PyTree, source: str, remedy: str, stacked: bool = False) -> None:
+def require_shapes(updates: PyTree, like: PyTree, remedy: str, stacked: bool = False) -> None:
     """ValueError unless each update has its shape in `like`, after the axis of the k gradients if they are stacked.
 
     Leaves that only one of both has are left alone, for optax does not ask for like trees either.
@@ -56,8 +56,8 @@ def require_shapes(updates: PyTree, like: PyTree, source: str, remedy: str, stac
             continue
         whole = ", ".join(map(str, ["k", *want] if stacked else want))
         raise ValueError(
-            f"Expected updates{jax.tree_util.keystr(path)} of shape [{whole}], for {source} of shape {list(want)}, got "
-            f"shape {list(got)}; {remedy}."
+            f"Expected updates{jax.tree_util.keystr(path)} of shape [{whole}], for a parameter of shape {list(want)}, "
+            f"got shape {list(got)}; {remedy}."
         )
 
 

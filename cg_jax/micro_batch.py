@@ -65,8 +65,8 @@ def micro_batch_grads(
         size = _validate.leading_axis("batch", batch)
         _validate.divides("k", k, "the batch size B", size)
         specs = functools.partial(_specs, batch_loss=batch_loss)
-        made, aux = explicit.relaxed(of_groups, specs, params, jax.tree.map(jnp.asarray, batch))
-        return (made, aux) if has_aux else made
+        rows, aux = explicit.relaxed(of_groups, specs, params, jax.tree.map(jnp.asarray, batch))
+        return (rows, aux) if has_aux else rows
 
     def of_groups(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         groups = jax.tree.map(lambda leaf: leaf.reshape(k, leaf.shape[0] // k, *leaf.shape[1:]), batch)
@@ -74,8 +74,10 @@ def micro_batch_grads(
         require_dependence(value, params, groups)
         kept, rest = trees.partition(each_devices_own(value, params, groups))
         loss = lambda kept, group: of_group(trees.combine(kept, rest), group)  # noqa: E731
-        made, aux = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0))(kept, groups)
-        return made, aux if batch_loss else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
+        rows, aux = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0))(kept, groups)
+        if not batch_loss:
+            aux = jax.tree.map(lambda leaf: leaf.reshape(k * leaf.shape[1], *leaf.shape[2:]), aux)
+        return rows, aux
 
     return grads
 

@@ -21,7 +21,9 @@ def zeros(params: PyTree, leading: tuple[int, ...], dtype: Any) -> PyTree:
     """Zeros [*leading, *shape] for every differentiable leaf, in `dtype` or else its accumulator dtype."""
 
     def slot(leaf: Any) -> jax.Array:
-        return _zeros(leaf, leading, jnp.dtype(dtype or trees.accumulator_dtype(jnp.result_type(leaf))))
+        return _zeros(
+            leaf, leading, jnp.dtype(trees.accumulator_dtype(jnp.result_type(leaf)) if dtype is None else dtype)
+        )
 
     return jax.tree.map(slot, trees.partition(params)[0])
 
@@ -43,9 +45,9 @@ def require_fitting(grads: PyTree, slots: PyTree, params: PyTree, rounds: bool) 
         rounds: Gradients of a wider dtype may be rounded.
     """
     _require_structure(grads, slots)
-    incoming.require_shapes(grads, slots, "a parameter", _REMEDY)
+    incoming.require_shapes(grads, slots, _REMEDY)
     if params is not None:
-        incoming.require_shapes(grads, params, "a parameter", _REMEDY)
+        incoming.require_shapes(grads, params, _REMEDY)
     stored = dict(jax.tree_util.tree_leaves_with_path(slots))
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         if path in stored:
@@ -148,7 +150,7 @@ def _moved_in_order(out: jax.Array, window: Sequence[jax.Array]) -> list[jax.Arr
 def zeros_for_none(direction: PyTree, slots: PyTree) -> PyTree:
     """A direction with zeros in place of None where there are slots: an optimizer's state keeps its structure."""
     rows, structure = pairs(direction, slots)
-    filled = [jnp.zeros(slot.shape, slot.dtype) if made is None and slot is not None else made for made, slot in rows]
+    filled = [jnp.zeros(s.shape, s.dtype) if leaf is None and s is not None else leaf for leaf, s in rows]
     return jax.tree.unflatten(structure, filled)
 
 
@@ -176,20 +178,20 @@ def write(grads: PyTree, slots: PyTree, position: jax.Array, after: PyTree) -> P
     without one it copies all slots. So the position is made to depend on `after`, which was computed from the slots.
     """
 
-    def put(grad: Any, slot: Any, made: Any) -> Any:
+    def put(grad: Any, slot: Any, before: Any) -> Any:
         if grad is None or slot is None or not slot.size:
             return slot
-        row = position if made is None or not made.size else jax.lax.clamp(position, _any_number(made), position)
+        row = position if before is None or not before.size else jax.lax.clamp(position, _any_number(before), position)
         return jax.lax.dynamic_update_index_in_dim(slot, grad.astype(slot.dtype), row, 0)
 
     rows, structure = pairs(grads, slots, after)
     return jax.tree.unflatten(structure, [put(*row) for row in rows])
 
 
-def _any_number(made: jax.Array) -> jax.Array:
+def _any_number(leaf: jax.Array) -> jax.Array:
     """One number of an array, as an integer; on an Explicit mesh an index into a sharded axis would be refused."""
 
-    def first(made: jax.Array, _: Any) -> jax.Array:
-        return made[(0,) * made.ndim].astype(jnp.int32)
+    def first(leaf: jax.Array, _: Any) -> jax.Array:
+        return leaf[(0,) * leaf.ndim].astype(jnp.int32)
 
-    return explicit.relaxed(first, lambda spec, rows: PartitionSpec(), made, ())
+    return explicit.relaxed(first, lambda spec, rows: PartitionSpec(), leaf, ())

@@ -87,7 +87,7 @@ def _square(w, example):
 
 def _pair(w, example):
     loss = _square(w, example)
-    return loss, {"loss": loss, "half": example[0] / 2, "one": 1}
+    return loss, {"loss": loss, "half": example[0] / 2, "one": 1, "none": example[0][:0]}
 
 
 W = {"w": jnp.asarray(RNG.normal(size=4), jnp.float32), "n": jnp.asarray(2)}
@@ -99,7 +99,7 @@ def test_auxiliary_values_of_examples_have_the_batchs_axis(jit):
     grads, aux = (jax.jit(made) if jit else made)(W, (X, Y))
     _close(grads, cg.micro_batch_grads(_square, K)(W, (X, Y)))
     assert grads["n"] is None
-    _close(aux, {"loss": (X @ np.asarray(W["w"]) - Y) ** 2, "half": X / 2, "one": np.ones(B)})
+    _close(aux, {"loss": (X @ np.asarray(W["w"]) - Y) ** 2, "half": X / 2, "one": np.ones(B), "none": X[:, :0]})
 
 
 def test_the_loss_of_a_batch_and_that_of_its_examples_agree():

@@ -88,6 +88,14 @@ def test_narrow_slots_may_be_asked_for():
     assert updates.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("make", MAKERS.values())
+def test_slots_of_no_floating_dtype(make):
+    with pytest.raises(
+        TypeError, match="Expected accumulator_dtype to be a floating dtype, got accumulator_dtype=int32"
+    ):
+        make(accumulator_dtype=jnp.int32)
+
+
 def _temporary(transform, dtype):
     params = jax.ShapeDtypeStruct((1 << 20,), dtype)
     state = jax.eval_shape(transform.init, params)
