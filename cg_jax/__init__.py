@@ -2,6 +2,7 @@
 
 from cg_jax.aggregate import consecutive, m3, median_of_k, ra3, rm3, rolling, stacked
 from cg_jax.bound import generalization_bound
+from cg_jax.checked import checked
 from cg_jax.collective import across_devices
 from cg_jax.ghost import explain, register_rule
 from cg_jax.measure import measure_coherence
@@ -20,6 +21,7 @@ __all__ = [
     "Ratios",
     "across_devices",
     "alignments",
+    "checked",
     "coherence",
     "consecutive",
     "explain",

@@ -104,6 +104,26 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"Expected {name} to be a function, got {type(value).__name__}.")
 
 
+def transformation(name: str, value: Any) -> None:
+    """TypeError unless `value` is an optax transformation: an object with functions `init` and `update`."""
+    try:
+        complete = not isinstance(value, type) and callable(value.init) and callable(value.update)
+    except TypeError:  # a rule of ours, which says so itself
+        raise
+    except AttributeError:
+        complete = False
+    if not complete:
+        called = getattr(value, "__name__", None)
+        remedy = f"call it first: {called}(…)" if called else "pass one such as optax.sgd(learning_rate)"
+        raise TypeError(f"Expected {name} to be an optax transformation, got {name}={called or repr(value)}; {remedy}.")
+
+
+def floating(name: str, dtype: Any) -> None:
+    """TypeError unless `dtype` is None or a floating dtype."""
+    if dtype is not None and not jax.numpy.issubdtype(jax.numpy.dtype(dtype), jax.numpy.floating):
+        raise TypeError(f"Expected {name} to be a floating dtype, got {name}={jax.numpy.dtype(dtype)}.")
+
+
 def something_to_differentiate(kept: PyTree) -> None:
     """ValueError if there is no leaf among the differentiable leaves of params."""
     if not jax.tree.leaves(kept):

@@ -5,7 +5,6 @@ Weight decay and momentum compose outside, with `optax.chain`. The papers added 
 median, and used no momentum: `optax.chain(optax.add_decayed_weights(c), cg.rm3(), optax.sgd(lr))`.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,74 +12,60 @@ import jax.numpy as jnp
 import optax
 from optax.experimental import aggregating
 
-from cg_jax import _validate, trees
+from cg_jax import _compat, _validate, incoming
+from cg_jax import slots as memory
 from cg_jax.rules import Rule, applied, mean, median, require_rule
 
 PyTree = Any
 
-
-def _zeros(tree: PyTree, *leading: int) -> PyTree:
-    """Zeros of [*leading, *shape] for every differentiable leaf."""
-    kept, _ = trees.partition(tree)
-    return jax.tree.map(lambda leaf: jnp.zeros((*leading, *jnp.shape(leaf)), jnp.result_type(leaf)), kept)
+_STACK = "stack k gradients, as cg_jax.micro_batch_grads(loss_fn, k) does, or leave out stacked for one"
 
 
-def _cast(update: jax.Array, slots: Sequence[jax.Array]) -> jax.Array:
-    """An update in the dtype of the slots, if there are any."""
-    return update.astype(slots[0].dtype) if slots else jnp.asarray(update)
-
-
-def _aggregate(rule: Rule, slots: PyTree, updates: PyTree) -> PyTree:
-    """The rule over the rows of the slots and the updates, in the slots' dtype."""
-    return jax.tree.map(lambda s, g: applied(rule, jnp.concatenate([s, g[None].astype(s.dtype)])), slots, updates)
-
-
-def _write(slots: PyTree, updates: PyTree, position: jax.Array, after: PyTree) -> PyTree:
-    """The slots with the updates in row `position`, written in place where the slots are donated.
-
-    Only what is known to come after the last reading of the slots is done in place, and XLA does not look for an order:
-    without one it copies all slots. So the position is made to depend on `after`, which was computed from the slots.
-    """
-
-    def put(slot: jax.Array, update: jax.Array, made: jax.Array) -> jax.Array:
-        if not made.size:
-            return slot
-        any_number = made[(0,) * made.ndim].astype(jnp.int32)
-        row = jax.lax.clamp(position, any_number, position)
-        return jax.lax.dynamic_update_index_in_dim(slot, update.astype(slot.dtype), row, 0)
-
-    return jax.tree.map(put, slots, updates, after)
-
-
-def _stacked(rule: Rule, k: int | None) -> aggregating.Aggregator:
+def _stacked(rule: Rule, k: int | None, partial: bool, name: str) -> aggregating.Aggregator:
     require_rule(rule)
 
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        del params, extra_args
-        rows = _validate.leading_axis("updates", updates)
-        if k is not None and rows != k:
-            raise ValueError(f"Expected updates of shape [k, *shape] with k={k}, got a leading axis of {rows}.")
-        return jax.tree.map(lambda values: applied(rule, values), updates), state
+        del extra_args
+        if not partial:
+            incoming.require_unmasked(updates, name)
+        updates = incoming.arrays(updates)
+        if params is not None:
+            incoming.require_shapes(updates, params, _STACK, stacked=True)
+        if jax.tree.leaves(updates) or not partial:
+            rows = _validate.leading_axis("updates", updates)
+            if k is not None and rows != k:
+                raise ValueError(f"Expected updates of shape [k, *shape] with k={k}, got a leading axis of {rows}.")
+        incoming.require_floating(updates)
+        out = jax.tree.map(lambda values: applied(rule, values), updates)
+        return out if params is None else incoming.with_zeros(out, params), state
 
     return aggregating.Aggregator(optax.init_empty_state, update_fn)
 
 
-def stacked(rule: Rule) -> aggregating.Aggregator:
+def stacked(rule: Rule, *, partial: bool = False) -> aggregating.Aggregator:
     """The transformation whose updates arrive as [k, *shape] and leave as rule(updates), [*shape].
 
     The state is empty. It comes first in `optax.chain`; before it only stateless transformations mapped over k, and
-    wrappers that accumulate (`optax.MultiSteps`, `optax.apply_if_finite`) go around what comes after it. It is also the
-    aggregator of `optax.experimental.aggregating.process`. `micro_batch_grads` makes such updates.
+    wrappers that accumulate (`optax.MultiSteps`, `optax.apply_if_finite`) go around what comes after it. It also stands
+    before `optax.masked` and `optax.partition` (`multi_transform`), not inside: leaves that those hide from it would
+    stay [k, *shape]. It is also the aggregator of `optax.experimental.aggregating.process`. `micro_batch_grads` makes
+    such updates.
+
+    Pass `params` to `update`, and shapes are compared with it. What comes before `stacked` or in its place is out of
+    its sight: `checked` finds k gradients that meet an optimizer without `stacked`, or with a state before it.
 
     Args:
         rule: A function [k, *shape] → [*shape], as `cg_jax.median()`.
+        partial: Inside `optax.partition`, where another `stacked` takes the other leaves.
 
     Returns:
-        An `optax.experimental.aggregating.Aggregator`, which is a `GradientTransformationExtraArgs`.
+        An `optax.experimental.aggregating.Aggregator`, which is a `GradientTransformationExtraArgs`. None stays None,
+        but becomes zero where `params` has an integer leaf, so that `optax.apply_updates` can add it.
 
     Raises:
         TypeError: rule is no function of k values.
-        ValueError: When it meets updates whose leading axes disagree or are absent, or the rule makes another shape.
+        ValueError: When it meets updates whose leading axes disagree or are absent, that are not [k, *shape] of
+            `params`, masked (unless partial) or no floats; or the rule makes another shape.
 
     Examples:
         >>> import jax, optax, cg_jax as cg
@@ -89,7 +74,7 @@ def stacked(rule: Rule) -> aggregating.Aggregator:
         >>> updates
         Array([-0.4], dtype=float32)
     """
-    return _stacked(rule, None)
+    return _stacked(rule, None, partial, "stacked")
 
 
 def median_of_k(k: int) -> aggregating.Aggregator:
@@ -99,7 +84,7 @@ def median_of_k(k: int) -> aggregating.Aggregator:
         k: Number of gradients, ≥ 1.
 
     Raises:
-        ValueError: k < 1; when it meets updates, a leading axis other than k.
+        ValueError: k < 1; when it meets updates, a leading axis other than k, and as for `stacked`.
 
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
@@ -110,35 +95,45 @@ def median_of_k(k: int) -> aggregating.Aggregator:
         >>> m5.update(jax.numpy.array([1.0, 2.0, 3.0, 80.0, 90.0]), m5.init(0.0))[0]
         Array(3., dtype=float32)
     """
-    return _stacked(median(), _validate.at_least("k", k, 1))
+    k = _validate.at_least("k", k, 1)
+    return _stacked(median(), k, False, f"median_of_k({k})")
 
 
 class ConsecutiveState(NamedTuple):
     """State of `consecutive`."""
 
     count: jax.Array  # gradients stored since the last step, int32 in 0..k−1
-    grads: PyTree  # the stored gradients, [k − 1, *shape] in the parameters' dtypes
+    grads: PyTree  # the stored gradients, [k − 1, *shape]
     inner_state: Any  # state of the optimizer
 
 
-def consecutive(rule: Rule, k: int, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def consecutive(
+    rule: Rule, k: int, optimizer: optax.GradientTransformation, *, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
     """The transformation that takes a step of `optimizer` on rule(the last k gradients) at every k-th call.
 
     In between the updates are zero and the optimizer's state stays as it is, so that k calls are one step; count its
-    learning-rate schedule in such steps.
+    learning-rate schedule in such steps. It takes raw gradients: in a chain only stateless transformations come before
+    it, and the optimizer inside it, not around or before it (`checked` refuses that order).
 
     Args:
         rule: A function [k, *shape] → [*shape], as `cg_jax.median()`.
         k: Calls for one step, ≥ 1.
         optimizer: Any optax transformation.
+        accumulator_dtype: The dtype of the stored gradients; by default float32, or float64 for float64 parameters. A
+            narrower one, as bfloat16, saves memory and rounds.
 
     Returns:
-        A `GradientTransformationExtraArgs`. Its state is `ConsecutiveState`, which takes k − 1 times the memory of the
-        parameters, and the optimizer's.
+        A `GradientTransformationExtraArgs`. Its state is `ConsecutiveState`: k − 1 stored gradients, sharded as the
+        parameters are, and the optimizer's state. The aggregate has the gradients' dtype. None, for a leaf without a
+        gradient, stays None, but becomes zero where `params` has an integer leaf, so that `optax.apply_updates` can add
+        it.
 
     Raises:
-        TypeError: rule is no function of k values.
-        ValueError: k < 1; when it meets gradients, a rule that makes another shape.
+        TypeError: rule is no function of k values, optimizer no optax transformation, or accumulator_dtype no floating
+            dtype.
+        ValueError: k < 1; when it meets gradients, another structure or shapes than at init or in `params` (k stacked
+            gradients), a dtype wider than the slots', or a rule that makes another shape.
 
     Examples:
         >>> import jax, optax, cg_jax as cg
@@ -153,27 +148,36 @@ def consecutive(rule: Rule, k: int, optimizer: optax.GradientTransformation) -> 
     """
     k = _validate.at_least("k", k, 1)
     require_rule(rule)
+    _validate.transformation("optimizer", optimizer)
+    _validate.floating("accumulator_dtype", accumulator_dtype)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: PyTree) -> ConsecutiveState:
-        return ConsecutiveState(jnp.zeros((), jnp.int32), _zeros(params, k - 1), inner.init(params))
+        grads = memory.zeros(params, (k - 1,), accumulator_dtype)
+        return ConsecutiveState(jnp.zeros((), jnp.int32), grads, inner.init(params))
 
     def update_fn(
         updates: PyTree, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[PyTree, ConsecutiveState]:
+        updates = incoming.arrays(updates)
+        rows = jax.eval_shape(lambda grads: jax.tree.map(lambda slots: slots.sum(0), grads), state.grads)
+        memory.require_fitting(updates, rows, params, accumulator_dtype is not None)
+
         def step(updates: PyTree, state: ConsecutiveState) -> tuple[PyTree, Any]:
-            direction = _aggregate(rule, state.grads, updates)
-            return inner.update(direction, state.inner_state, params, **extra_args)
+            direction = memory.zeros_for_none(memory.aggregate(rule, updates, state.grads), rows)
+            direction = direction if params is None else incoming.with_zeros(direction, params)
+            out, inner_state = inner.update(direction, state.inner_state, params, **extra_args)
+            return memory.none_again(out, updates, rows), memory.in_the_dtypes_of(state.inner_state, inner_state)
 
         def wait(updates: PyTree, state: ConsecutiveState) -> tuple[PyTree, Any]:
             like, _ = jax.eval_shape(step, updates, state)
-            return optax.tree.zeros_like(like), state.inner_state
+            return _compat.vary_like(optax.tree.zeros_like(like), like), state.inner_state
 
         if k == 1:
             steps, inner_state = step(updates, state)
             return steps, state._replace(inner_state=inner_state)
         steps, inner_state = jax.lax.cond(state.count == k - 1, step, wait, updates, state)
-        grads = _write(state.grads, updates, state.count % (k - 1), after=steps)
+        grads = memory.write(updates, state.grads, state.count % (k - 1), after=steps)
         return steps, ConsecutiveState((state.count + 1) % k, grads, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -183,26 +187,31 @@ class RollingState(NamedTuple):
     """State of `rolling`."""
 
     num_seen: jax.Array  # gradients stored, int32, at most k − 1
-    grads: tuple[PyTree, ...]  # the last k − 1 gradients, oldest first, like the parameters and in their dtypes
+    grads: tuple[PyTree, ...]  # the last k − 1 gradients, oldest first, each [*shape]
 
 
-def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
+def rolling(rule: Rule, k: int, *, accumulator_dtype: Any = None) -> optax.GradientTransformationExtraArgs:
     """The transformation that turns each gradient into rule(it and the k − 1 before it); a step at every call.
 
     Before k gradients were seen the gradient passes through unchanged. (The papers' code waits for k instead.) The rule
-    must not depend on the order of its values.
+    must not depend on the order of its values. It takes raw gradients: in a chain only stateless transformations come
+    before it, and the optimizer after it (`checked` refuses the other order).
 
     Args:
         rule: A function [k, *shape] → [*shape], as `cg_jax.median()`.
         k: Number of gradients that the rule sees, ≥ 1.
+        accumulator_dtype: The dtype of the stored gradients; by default float32, or float64 for float64 parameters. A
+            narrower one, as bfloat16, saves memory and rounds.
 
     Returns:
         A `GradientTransformationExtraArgs` to chain before an optimizer. Its state is `RollingState`: the memory of
-        k − 1 gradients, reused where the state is donated.
+        k − 1 gradients, sharded as the parameters are and reused where the state is donated. The result has the
+        gradients' dtype. None, for a leaf without a gradient, is treated as by `consecutive`.
 
     Raises:
-        TypeError: rule is no function of k values.
-        ValueError: k < 1; when it meets gradients, a rule that makes another shape.
+        TypeError: rule is no function of k values, or accumulator_dtype no floating dtype.
+        ValueError: k < 1; when it meets gradients, another structure or shapes than at init or in `params` (k stacked
+            gradients), a dtype wider than the slots', or a rule that makes another shape.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -218,27 +227,30 @@ def rolling(rule: Rule, k: int) -> optax.GradientTransformationExtraArgs:
     """
     k = _validate.at_least("k", k, 1)
     require_rule(rule)
+    _validate.floating("accumulator_dtype", accumulator_dtype)
 
     def init_fn(params: PyTree) -> RollingState:
-        return RollingState(jnp.zeros((), jnp.int32), tuple(_zeros(params) for _ in range(k - 1)))
+        grads = tuple(memory.zeros(params, (), accumulator_dtype) for _ in range(k - 1))
+        return RollingState(jnp.zeros((), jnp.int32), grads)
 
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, RollingState]:
-        del params, extra_args
+        del extra_args
+        updates = incoming.arrays(updates)
+        memory.require_fitting(updates, state.grads[0] if k > 1 else updates, params, accumulator_dtype is not None)
 
-        def direction(update: jax.Array, *slots: jax.Array) -> jax.Array:
-            seen = applied(rule, jnp.stack([*slots, _cast(update, slots)]))
-            return seen if k == 1 else jnp.where(state.num_seen < k - 1, _cast(update, slots), seen)
-
-        # Arrays of their own, which move up by one. One array of all of them, written in turn, XLA copies twice in a
-        # training step; slots that are chosen entry by entry, old or new, are no faster and take more memory.
-        grads = jax.tree.map(lambda update, *slots: _cast(update, slots), updates, *state.grads)
-        after = RollingState(jnp.minimum(state.num_seen + 1, k - 1), (*state.grads, grads)[1:])
-        return jax.tree.map(direction, updates, *state.grads), after
+        if k == 1:
+            out, grads = jax.tree.map(lambda update: applied(rule, update[None]), updates), ()
+        else:
+            out, grads = memory.roll(rule, updates, state.grads, state.num_seen >= k - 1)
+        out = out if params is None else incoming.with_zeros(out, params)
+        return out, RollingState(jnp.minimum(state.num_seen + 1, k - 1), grads)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def m3(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def m3(
+    optimizer: optax.GradientTransformation, *, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
     """M3: one step of `optimizer` on the coordinate-wise median of every 3 mini-batch gradients.
 
     `consecutive(median(), 3, optimizer)`: three calls make one step.
@@ -246,22 +258,22 @@ def m3(optimizer: optax.GradientTransformation) -> optax.GradientTransformationE
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
     """
-    return consecutive(median(), 3, optimizer)
+    return consecutive(median(), 3, optimizer, accumulator_dtype=accumulator_dtype)
 
 
-def rm3() -> optax.GradientTransformationExtraArgs:
+def rm3(*, accumulator_dtype: Any = None) -> optax.GradientTransformationExtraArgs:
     """RM3: the coordinate-wise median of the last 3 mini-batch gradients, at every call; `rolling(median(), 3)`.
 
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
     """
-    return rolling(median(), 3)
+    return rolling(median(), 3, accumulator_dtype=accumulator_dtype)
 
 
-def ra3() -> optax.GradientTransformationExtraArgs:
+def ra3(*, accumulator_dtype: Any = None) -> optax.GradientTransformationExtraArgs:
     """RA3: the mean of the last 3 mini-batch gradients, at every call, the control of RM3; `rolling(mean(), 3)`.
 
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
     """
-    return rolling(mean(), 3)
+    return rolling(mean(), 3, accumulator_dtype=accumulator_dtype)

@@ -13,21 +13,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cg_jax import _compat, _validate
+from cg_jax import _compat, _validate, incoming
 from cg_jax.rules import Rule, applied, require_rule
 
 PyTree = Any
+
+_REMEDY = (  # without and with `stacked`
+    "take g[0] of each leaf of micro_batch_grads(loss_fn, 1), or pass stacked=True for k gradients on every device",
+    "stack k gradients on every device, as cg_jax.micro_batch_grads(loss_fn, k) does, or leave out stacked=True",
+)
 
 
 def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.GradientTransformationExtraArgs:
     """The transformation that turns the gradients of the n devices of an axis into rule(them), the same on all devices.
 
-    For use inside `jax.shard_map` or `jax.pmap`, on each device's own gradient. It comes **first** in `optax.chain`;
-    wrappers that keep or accumulate updates (`optax.MultiSteps`, `m3`) go around what comes after it, for before it
-    updates differ between devices, and so would a state that holds them. The result is bit for bit that of
-    gathering all gradients and applying the rule to [n, *shape], but every device receives 2 P (n − 1)/n bytes instead
-    of (n − 1) P, and holds at most 3 P instead of n P, with P the bytes of one gradient (with `stacked`, k times that).
-    The result varies over no axis: a training step may return it with `out_specs=P()`.
+    For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis name, on each device's own gradient. It
+    comes **first** in `optax.chain`; wrappers that keep or accumulate updates (`optax.MultiSteps`, `m3`) go around what
+    comes after it, for before it updates differ between devices, and so would a state that holds them: with
+    check_vma=False no error says so. The result is bit for bit that of gathering all gradients and applying the rule to
+    [n, *shape], but every device receives 2 P (n − 1)/n bytes instead of (n − 1) P, and holds at most 3 P instead of
+    n P, with P the bytes of one gradient (with `stacked`, k times that). The result varies over no axis: a training
+    step may return it with `out_specs=P()`. Pass `params` to `update`: updates are compared with it, shape by shape.
 
     Inside shard_map, `jax.grad` with respect to parameters that are the same on all devices is summed over them. For a
     device's own gradient cast the parameters first, `jax.lax.pcast(params, axis_name, to="varying")`, or take
@@ -41,7 +47,7 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
 
     Args:
         rule: A coordinate-wise function [k, *shape] → [*shape], as `cg_jax.median()`.
-        axis_name: The axis of the shard_map or pmap; one or several names.
+        axis_name: The axis of the shard_map, pmap or vmap; one or several names.
         stacked: The updates are [k, *shape], and the rule sees the k · n of all devices, device by device.
 
     Returns:
@@ -49,9 +55,10 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
 
     Raises:
         TypeError: rule is no function of k values.
-        ValueError: When it meets updates: outside of a shard_map or pmap over that axis; updates that are the same on
-            every device of the axis, where JAX tells (check_vma); with stacked, leading axes that disagree; a rule that
-            does not make [*shape] of [k, *shape].
+        ValueError: When it meets updates: outside of a shard_map, pmap or vmap over that axis; updates that are the
+            same on every device of the axis, where JAX tells (check_vma); where `params` is given, shapes other than
+            its own ([k, *shape] with stacked); with stacked, leading axes that disagree; a rule that does not make
+            [*shape] of [k, *shape].
 
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
@@ -69,42 +76,58 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
 
     def update_fn(updates: PyTree, state: Any, params: Any = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        del params, extra_args
+        del extra_args
+        updates = incoming.arrays(updates)
+        if stacked:
+            incoming.require_unmasked(updates, "across_devices(…, stacked=True)")
+        if params is not None:
+            incoming.require_shapes(updates, params, _REMEDY[stacked], stacked)
         if stacked:
             _validate.leading_axis("updates", updates)
+        incoming.require_floating(updates)
+        _check(updates, axis_name)
         leaves, structure = jax.tree.flatten(updates)
-        _check(leaves, axis_name)
         out = list(leaves)
         # One buffer for leaves of a dtype that vary over the same axes: together they would vary over all of those.
         kinds = [(jnp.result_type(leaf), _compat.varying_axes(leaf), leaf.size > 0) for leaf in leaves]
         for kind in dict.fromkeys(kinds):
             places = [i for i, each in enumerate(kinds) if each == kind]
-            found = _of_one_kind(rule, axis_name, [leaves[i] for i in places], stacked)
-            for i, leaf in zip(places, found, strict=True):
+            results = _of_one_kind(rule, axis_name, [leaves[i] for i in places], stacked)
+            for i, leaf in zip(places, results, strict=True):
                 out[i] = leaf
-        return jax.tree.unflatten(structure, out), state
+        whole = jax.tree.unflatten(structure, out)
+        return whole if params is None else incoming.with_zeros(whole, params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def _check(leaves: Sequence[jax.Array], axis_name: Any) -> None:
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+def _names(axis_name: Any) -> tuple[Any, ...]:
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def _check(updates: PyTree, axis_name: Any) -> None:
+    names = _names(axis_name)
     try:
         tracked = _compat.varying_axes(*(jax.lax.axis_index(name) for name in names))
     except NameError:
         around = _compat.bound_axes()
-        found = f"axes {', '.join(map(repr, around))}" if around else "none"
+        present = f"axes {', '.join(map(repr, around))}" if around else "none"
         raise ValueError(
-            f"Expected a shard_map or pmap over axis_name={axis_name!r} around across_devices, got {found}."
+            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around across_devices, got {present}."
         ) from None
-    for leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         missing = [name for name in names if name in tracked - _compat.varying_axes(leaf)]
         if missing:
             raise ValueError(
-                f"Expected updates that each device of axis {missing[0]!r} has its own of, got some that are the same "
-                "on all: inside shard_map jax.grad sums over devices where parameters are the same on all. Cast them "
-                f"before: params = jax.lax.pcast(params, {missing[0]!r}, to='varying')."
+                f"Expected updates that each device of axis {missing[0]!r} has its own of, got updates"
+                f"{jax.tree_util.keystr(path)} that is the same on all; leave out jax.lax.pmean or psum, put "
+                "optax.MultiSteps after across_devices, or, where jax.grad summed over devices, cast the parameters "
+                f"first: params = jax.lax.pcast(params, {missing[0]!r}, to='varying')."
             )
+
+
+def _plain_all_gather(tile: jax.Array, axis_name: Any) -> jax.Array:
+    return jax.lax.all_gather(tile, axis_name, tiled=True)
 
 
 def _of_one_kind(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacked: bool) -> list[jax.Array]:
@@ -116,7 +139,12 @@ def _of_one_kind(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacke
     flat = jnp.concatenate([leaf.reshape(rows, -1) for leaf in leaves], axis=1)
     size = flat.shape[1]
     flat = jnp.pad(flat, ((0, 0), (0, -size % n)))
+    # Under vmap, pmap and check_vma=False JAX does not track what varies. vmap refuses the invarying gather below, and
+    # it cannot exchange what it does not know to differ.
+    tracked = _compat.varying_axes(flat) >= set(_names(axis_name))
+    flat = flat if tracked else jnp.where(jax.lax.axis_index(axis_name) >= 0, flat, flat)
     tile = jax.lax.all_to_all(flat, axis_name, split_axis=1, concat_axis=0, tiled=True)
-    whole = _compat.all_gather_invarying(applied(rule, tile), axis_name)[:size]
+    gather = _compat.all_gather_invarying if tracked else _plain_all_gather
+    whole = gather(applied(rule, tile), axis_name)[:size]
     ends = itertools.accumulate(map(math.prod, shapes), initial=0)
     return [whole[a:b].reshape(shape) for (a, b), shape in zip(itertools.pairwise(ends), shapes, strict=True)]

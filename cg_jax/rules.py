@@ -4,11 +4,14 @@ A rule is a function [k, *shape] → [*shape]. Up to `_NETWORK_LIMIT` values the
 minima and maxima (Batcher's merge exchange, reduced to the outputs that are wanted), elementwise work that compilers
 fuse and accelerators do at the speed of memory; a sort is not. Sums are unrolled likewise: a reduction over the leading
 axis of a large array is several times slower on a CPU.
+
+Every rule is finite where its values are: sums that would leave the range of the dtype are formed of scaled values.
 """
 
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,6 +22,35 @@ from cg_jax import _validate, trees
 Rule = Callable[[jax.Array], jax.Array]
 
 _NETWORK_LIMIT = 16
+_UNROLL_LIMIT = 64
+
+
+class _NotATransformationError(TypeError, AttributeError):
+    """A TypeError for the user, and for `hasattr` an AttributeError."""
+
+
+@dataclass(frozen=True)
+class _NamedRule:
+    """A rule with the name of its factory and its number: rules of one name and number are equal."""
+
+    name: str
+    number: int | None
+    function: Rule = field(compare=False)
+
+    def __call__(self, values: jax.Array) -> jax.Array:
+        """function(values)."""
+        return self.function(values)
+
+    def __repr__(self) -> str:
+        return f"cg_jax.{self.name}({'' if self.number is None else self.number})"
+
+    def __getattr__(self, name: str) -> Any:
+        """Neither `init` nor `update`, which optax.chain asks for."""
+        if name in ("init", "update"):
+            raise _NotATransformationError(
+                f"Expected an optax transformation, got the rule {self!r}; wrap it: cg_jax.stacked({self!r})."
+            )
+        raise AttributeError(f"A rule has no attribute {name!r}.")
 
 
 def require_rule(rule: Any) -> None:
@@ -81,9 +113,43 @@ def _order_statistics(values: jax.Array, wanted: Sequence[int]) -> list[jax.Arra
     return [wires[i] for i in wanted]
 
 
+def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
+    """(low + high)/2, or low/2 + high/2 where the sum could leave the range: the same bits, but for the overflow."""
+    large = jnp.maximum(jnp.abs(low), jnp.abs(high)) > jnp.finfo(low.dtype).max / 2
+    low, high = (jnp.where(large, each / 2, each) for each in (low, high))
+    return jnp.where(large, low + high, (low + high) / 2)
+
+
+def _in_range(mean: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], peak: jax.Array, k: int) -> jax.Array:
+    """mean(fit), a mean of k values fit(x) of absolute value <= `peak` in the accumulator dtype, as peak's dtype.
+
+    `fit` widens a value. Where a sum of k could leave the range of the accumulator it also scales by a power of two,
+    which is undone here; the mean is kept within ±peak then, for rounding could carry it past the largest number.
+    """
+    dtype, wide = peak.dtype, trees.accumulator_dtype(peak.dtype)
+    if float(jnp.finfo(dtype).max) * k < float(jnp.finfo(wide).max):
+        return mean(lambda value: value.astype(wide)).astype(dtype)
+    peak, scale = peak.astype(wide), 0.5 ** (k - 1).bit_length()
+    large = peak > jnp.finfo(wide).max * scale
+    plain = mean(lambda value: jnp.where(large, value.astype(wide) * scale, value.astype(wide)))
+    restored = jnp.clip(plain, -peak * scale, peak * scale) / scale
+    return jnp.where(large, restored, plain).astype(dtype)
+
+
 def _sum(values: Sequence[jax.Array]) -> jax.Array:
-    """Unrolled sum in the accumulator dtype."""
-    return functools.reduce(operator.add, (v.astype(trees.accumulator_dtype(v.dtype)) for v in values))
+    return functools.reduce(operator.add, values)
+
+
+def _ordered_mean(ordered: Sequence[jax.Array], clip: int = 0) -> jax.Array:
+    """The mean of values in ascending order, the first and the last of them counted `clip` times more."""
+    k = len(ordered) + 2 * clip
+
+    def mean(fit: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        values = [fit(value) for value in ordered]
+        ends = [clip * (values[0] + values[-1])] if clip else []
+        return _sum([*values, *ends]) / k
+
+    return _in_range(mean, jnp.maximum(jnp.abs(ordered[0]), jnp.abs(ordered[-1])), k)
 
 
 def _checked(values: jax.Array, name: str = "", number: int = 0) -> jax.Array:
@@ -113,11 +179,15 @@ def mean() -> Rule:
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values)
         k = values.shape[0]
+        if k > _UNROLL_LIMIT:
+            peak = jnp.abs(values).max(0)
+        else:
+            peak = functools.reduce(jnp.maximum, [jnp.abs(value) for value in values])
         if k > _NETWORK_LIMIT:
-            return values.mean(0)
-        return (_sum(list(values)) / k).astype(values.dtype)
+            return _in_range(lambda fit: jax.vmap(fit)(values).mean(0), peak, k)
+        return _in_range(lambda fit: _sum([fit(value) for value in values]) / k, peak, k)
 
-    return rule
+    return _NamedRule("mean", None, rule)
 
 
 def median() -> Rule:
@@ -145,9 +215,9 @@ def median() -> Rule:
         if k % 2:
             return _order_statistics(values, [k // 2])[0]
         low, high = _order_statistics(values, [k // 2 - 1, k // 2])
-        return (low + high) / 2
+        return _middle(low, high)
 
-    return rule
+    return _NamedRule("median", None, rule)
 
 
 def trimmed_mean(trim: int) -> Rule:
@@ -175,10 +245,9 @@ def trimmed_mean(trim: int) -> Rule:
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values, "trim", trim)
         k = values.shape[0]
-        kept = _order_statistics(values, range(trim, k - trim))
-        return (_sum(kept) / len(kept)).astype(values.dtype)
+        return _ordered_mean(_order_statistics(values, range(trim, k - trim)))
 
-    return rule
+    return _NamedRule("trimmed_mean", trim, rule)
 
 
 def winsorized_mean(clip: int) -> Rule:
@@ -209,8 +278,6 @@ def winsorized_mean(clip: int) -> Rule:
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values, "clip", clip)
         k = values.shape[0]
-        kept = _order_statistics(values, range(clip, k - clip))
-        ends = [clip * _sum([kept[0], kept[-1]])] if clip else []
-        return (_sum([*kept, *ends]) / k).astype(values.dtype)
+        return _ordered_mean(_order_statistics(values, range(clip, k - clip)), clip)
 
-    return rule
+    return _NamedRule("winsorized_mean", clip, rule)

@@ -218,7 +218,7 @@ def test_a_gradient_that_was_summed_over_devices_is_refused():
 
 def test_outside_of_a_map_it_says_so():
     transform = cg.across_devices(cg.median(), "data")
-    with pytest.raises(ValueError, match=r"Expected a shard_map or pmap over axis_name='data' around across_devices"):
+    with pytest.raises(ValueError, match=r"Expected a shard_map, pmap or vmap over axis_name='data' around"):
         transform.update(jnp.ones(3), transform.init(None))
 
 

@@ -1,10 +1,15 @@
 """The coordinate-wise rules against NumPy, and their properties."""
 
+import functools
+import operator
+from fractions import Fraction
+
 import hypothesis.extra.numpy as npst
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,6 +146,76 @@ def test_rules_keep_the_dtype_and_any_shape(name):
 def test_narrow_means_are_summed_in_float32():
     values = jnp.asarray([256.0] + [1.0] * 7, jnp.bfloat16)  # 256 + 1 is 256 in bfloat16
     assert float(cg.mean()(values)) == float(jnp.asarray(263 / 8, jnp.bfloat16))
+
+
+def test_the_median_of_two_large_halves_is_themselves():
+    np.testing.assert_array_equal(cg.median()(jnp.array([4e4, 4e4], jnp.float16)), np.float16(4e4))
+
+
+def _exact(name, values):
+    """The rule in rational numbers."""
+    ordered = sorted(map(Fraction, np.asarray(values, np.float64).tolist()))
+    k = len(ordered)
+    if name == "median":
+        return (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
+    kept = {"mean": ordered, "trimmed": ordered[1:-1], "winsorized": [ordered[1], *ordered[1:-1], ordered[-2]]}[name]
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+def test_a_rule_of_finite_values_is_finite(dtype, name):
+    dtype = DTYPES.get(dtype, np.float16)
+    with jax.enable_x64(True):
+        largest = jnp.finfo(dtype).max
+        for k in (3, 4, 7, 16, 17, 21):
+            rows = np.full(k, largest), np.full(k, -largest), np.where(np.arange(k) % 2, 1, 0.75 * float(largest))
+            values = np.stack(rows, 1).astype(dtype)
+            with jax.debug_infs(True):
+                got = np.asarray(RULES[name](values))
+            assert got.dtype == dtype
+            want = [float(_exact(name, column)) for column in values.T]
+            np.testing.assert_allclose(got.astype(np.float64), want, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scaling_changes_no_bit_where_nothing_overflows(dtype, k):
+    tiny, rng = np.finfo(dtype).smallest_normal, np.random.default_rng(0)
+    ends = [0, tiny, -tiny, np.finfo(dtype).max / 8]
+    values = np.concatenate([rng.normal(size=(k, 300)), rng.choice(ends, (k, 300))], 1).astype(dtype)
+    with jax.enable_x64(True):
+        rows = [jnp.asarray(row) for row in values]
+        plain = jax.jit(lambda rows: functools.reduce(operator.add, rows) / k)(rows)
+        np.testing.assert_array_equal(jax.jit(cg.mean())(values), plain)
+        half = jax.jit(lambda a, b: (a + b) / 2)(*rows[:2])
+        np.testing.assert_array_equal(cg.median()(values[:2]), half)
+
+
+@pytest.mark.parametrize("k", [4, 17])
+@pytest.mark.parametrize("name", ["mean", "median", "winsorized"])
+def test_infinities_stay_what_they_are(name, k):
+    values = np.full((k, 3), 3e38, np.float32)
+    values[: k // 2 + 1, 0], values[: k // 2 + 1, 1] = np.inf, -np.inf
+    values[:2, 2], values[2:4, 2] = np.inf, -np.inf
+    got = np.asarray(RULES[name](values))
+    np.testing.assert_array_equal(got[:2], [np.inf, -np.inf])
+    if name == "mean":
+        assert np.isnan(got[2])
+
+
+def test_rules_of_one_name_and_number_are_equal_and_say_their_name():
+    assert cg.median() == cg.median() != cg.mean()
+    assert cg.trimmed_mean(1) == cg.trimmed_mean(1) != cg.trimmed_mean(2)
+    assert repr(cg.winsorized_mean(2)) == "cg_jax.winsorized_mean(2)"
+    assert not hasattr(cg.median(), "init")
+    assert not hasattr(cg.median(), "other")
+
+
+@pytest.mark.parametrize("wrap", [optax.chain, cg.m3, lambda rule: optax.MultiSteps(rule, 2)])
+def test_a_rule_is_no_transformation(wrap):
+    with pytest.raises(TypeError, match=r"got the rule cg_jax\.median\(\); wrap it: cg_jax\.stacked\(cg_jax\.median"):
+        wrap(cg.median())
 
 
 @pytest.mark.parametrize(
