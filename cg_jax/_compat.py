@@ -270,6 +270,25 @@ def bound_axes() -> tuple[str, ...]:
         return ()
 
 
+def tracked_axes() -> frozenset[str]:
+    """The axes of the shard_map around over which JAX keeps track of what varies."""
+    return frozenset(axis for axis in bound_axes() if axis in _varying(jax.lax.axis_index(axis)))
+
+
+def dtypes_in(jaxpr: Any) -> set[Any]:
+    """The dtypes of all that the equations of a jaxpr give, those of its inner jaxprs too."""
+    jaxpr, found = _closed(jaxpr)[0], set()
+    for eqn in jaxpr.eqns:
+        found |= {out.aval.dtype for out in eqn.outvars if hasattr(out.aval, "dtype")}
+        found = found.union(*map(dtypes_in, _inner_jaxprs(eqn)))
+    return found
+
+
+def cache_size(jitted: Any) -> int:
+    """How many compiled programs a jitted function holds."""
+    return jitted._cache_size()
+
+
 def is_tracer(value: Any) -> bool:
     """Whether `value` stands for an array inside a traced function."""
     return isinstance(value, Tracer)

@@ -131,3 +131,23 @@ def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> Non
             raise ValueError(
                 f"Expected {name}{where} of shape {np.shape(other)}, as in {like_name}, got {np.shape(leaf)}."
             )
+
+
+def pair(out: Any) -> None:
+    """TypeError unless `out`, what loss_fn returned with has_aux=True, is (loss, auxiliary values)."""
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        raise TypeError(f"Expected loss_fn to return (loss, aux) with has_aux=True, got {_described(out)}.")
+
+
+def no_pair(out: Any, what: str) -> None:
+    """TypeError where `out`, what loss_fn returned without has_aux, looks like (loss, auxiliary values)."""
+    if isinstance(out, tuple | list) and len(out) == 2 and getattr(out[0], "shape", None) == ():
+        raise TypeError(
+            f"Expected loss_fn to return one scalar, {what}, got shape {_described(out)}; to return (loss, aux), pass "
+            "has_aux=True."
+        )
+
+
+def _described(out: Any) -> Any:
+    """The shapes of what a loss returned."""
+    return jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), out)

@@ -13,8 +13,10 @@ PyTree = Any
 
 
 def accumulator_dtype(dtype: Any) -> Any:
-    """float64 for float64, float32 for every narrower floating dtype."""
-    return jnp.promote_types(dtype, jnp.float32)
+    """float64 for float64, float32 for every narrower floating dtype (float8 and float4 too); complex, likewise."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.promote_types(dtype, jnp.complex64)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def is_differentiable(leaf: Any) -> bool:

@@ -1,0 +1,176 @@
+"""Programs that are compiled once for each loss, and that go when the loss does.
+
+`jax.jit` keeps its static arguments, and whatever they captured, for ever. So a loss is no static argument here: its
+programs are kept in a table by the identity of the loss, to which table and programs refer weakly. Neither a hash nor
+equality is asked for.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cg_jax import _compat
+
+# Losses of the same code, compiled for the same shapes, after which a fresh one each time is the likely reason.
+_MANY = 8
+# Items of a list that a loss captured which are looked at.
+_FEW = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+    """A loss, and what was compiled for it."""
+
+    loss_fn: Callable[..., Any]
+    recall: Callable[[], Callable[..., Any]]  # the loss, which the programs themselves do not hold
+    compiled: dict[Any, Any]
+
+
+# The ids of a loss's parts → (weak references to them, its programs).
+_TABLE: dict[tuple[int, ...], tuple[tuple[weakref.ref[Any], ...], dict[Any, Any]]] = {}
+
+
+def programs_of(loss_fn: Callable[..., Any]) -> Programs:
+    """The programs of a loss. Those of an object that takes no weak reference are the caller's own."""
+    parts = _parts(loss_fn)
+    key = tuple(map(id, parts))
+    if key not in _TABLE:
+        try:
+            refs = tuple(weakref.ref(part, functools.partial(_forget, key)) for part in parts)
+        except TypeError:
+            return Programs(loss_fn, lambda: loss_fn, {})
+        _TABLE.setdefault(key, (refs, {}))
+    refs, compiled = _TABLE[key]
+    return Programs(loss_fn, functools.partial(_recall, refs), compiled)
+
+
+def _parts(loss_fn: Callable[..., Any]) -> tuple[Any, ...]:
+    """What a loss is known by. A bound method is another object at every access; its function and its owner are not."""
+    if isinstance(loss_fn, types.MethodType) or type(loss_fn).__name__ == "BoundMethod":  # Equinox has its own
+        function, owner = (getattr(loss_fn, name, None) for name in ("__func__", "__self__"))
+        if function is not None and owner is not None:
+            return function, owner
+    return (loss_fn,)
+
+
+def _recall(refs: tuple[weakref.ref[Any], ...]) -> Callable[..., Any]:
+    parts: list[Any] = [ref() for ref in refs]
+    return types.MethodType(*parts) if len(parts) == 2 else parts[0]
+
+
+def _forget(key: tuple[int, ...], _: Any, table: dict[tuple[int, ...], Any] = _TABLE) -> None:
+    table.pop(key, None)
+
+
+class Compiled:
+    """body(loss_fn, *static, *arrays), jitted: called with the `Programs` of a loss in place of the loss.
+
+    With `taker`, the name of a public function, losses of the same code that it compiles are counted, and many warned
+    of.
+    """
+
+    def __init__(self, body: Callable[..., Any], static: int, donate: tuple[int, ...] = (), taker: str = "") -> None:
+        self.body, self.static, self.donate, self.taker = body, static, donate, taker
+        self.size = 0
+
+    def __call__(self, programs: Programs, *arguments: Any) -> Any:
+        program = self._program(programs, arguments)
+        before = _compat.cache_size(program)
+        out = program(*arguments[self.static :])
+        self.size += max(0, _compat.cache_size(program) - before)
+        return out
+
+    def lower(self, programs: Programs, *arguments: Any) -> Any:
+        """As `jax.stages.Wrapped.lower`."""
+        return self._program(programs, arguments).lower(*arguments[self.static :])
+
+    def _cache_size(self) -> int:
+        """How many programs were compiled so far; those of losses that are gone count."""
+        return self.size
+
+    def _program(self, programs: Programs, arguments: tuple[Any, ...]) -> Any:
+        static, arrays = arguments[: self.static], arguments[self.static :]
+        key = (self, static)
+        if key not in programs.compiled:
+            body, recall = self.body, programs.recall
+
+            def run(*arrays: Any) -> Any:
+                return body(recall(), *static, *arrays)
+
+            run.__name__ = run.__qualname__ = body.__name__
+            is_new = all(compiled is not self for compiled, _ in programs.compiled)
+            programs.compiled[key] = jax.jit(run, donate_argnums=tuple(i - self.static - 1 for i in self.donate))
+            if self.taker and is_new:
+                _count(self.taker, programs.loss_fn, arrays)
+        return programs.compiled[key]
+
+
+def compiled(static: int, donate: tuple[int, ...] = (), taker: str = "") -> Callable[[Callable[..., Any]], Compiled]:
+    """A decorator: see `Compiled`. `static` arguments follow the loss; `donate` counts from the loss on."""
+    return lambda body: Compiled(body, static, donate, taker)
+
+
+# Code of a loss → (public function, what it captured, shapes) → how many losses of it were compiled.
+_COUNTS: weakref.WeakKeyDictionary[types.CodeType, dict[Any, int]] = weakref.WeakKeyDictionary()
+
+
+def _count(taker: str, loss_fn: Callable[..., Any], arrays: Any) -> None:
+    """Warn once where losses of one code come again and again; inside the user's own jit nothing compiles for them."""
+    leaves, code = jax.tree.leaves(arrays), _code(loss_fn)
+    if code is None or any(map(_compat.is_tracer, leaves)):
+        return
+    counts = _COUNTS.setdefault(code, {})
+    shapes = tuple((np.shape(leaf), str(jax.numpy.result_type(leaf))) for leaf in leaves)
+    key = (taker, _kind(loss_fn), shapes)
+    counts[key] = counts.get(key, 0) + 1
+    if counts[key] == _MANY:
+        warnings.warn(
+            f"Expected the same loss_fn object at every call, got {_MANY} of the same code and shapes, each of which "
+            f"{taker} compiled anew: {code.co_qualname}, {code.co_filename}:{code.co_firstlineno}; define loss_fn "
+            "once, and pass what changes between calls in params, batch or state.",
+            stacklevel=2,
+        )
+
+
+def _unwrapped(loss_fn: Any) -> Any:
+    """What a loss calls, whatever it is wrapped in."""
+    for _ in range(_MANY):
+        wrapped = (getattr(loss_fn, name, None) for name in ("__func__", "__wrapped__"))
+        inner = loss_fn.func if isinstance(loss_fn, functools.partial) else next(filter(callable, wrapped), None)
+        if inner is None:
+            break
+        loss_fn = inner
+    return loss_fn if isinstance(loss_fn, types.FunctionType) else type(loss_fn).__call__
+
+
+def _code(loss_fn: Any) -> types.CodeType | None:
+    """The code of a loss, or None where it has none that can be told."""
+    return getattr(_unwrapped(loss_fn), "__code__", None)
+
+
+def _kind(value: Any, depth: int = 4) -> Any:
+    """What tells losses of one code apart that are meant to be several: functions, names and types that they captured.
+
+    Not arrays and numbers: those are data, which a loss should be given.
+    """
+    if isinstance(value, str | bool) or depth == 0:
+        return value if isinstance(value, str | bool) else None
+    if isinstance(value, list | tuple | dict):
+        items = value.items() if isinstance(value, dict) else value
+        return tuple(_kind(item, depth - 1) for item in itertools.islice(items, _FEW))
+    if not callable(value):
+        return type(value).__qualname__
+    captured = value.args if isinstance(value, functools.partial) else ()
+    for cell in getattr(_unwrapped(value), "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            captured += (cell.cell_contents,)
+    return (type(value).__qualname__, hash(_code(value)), *(_kind(each, depth - 1) for each in captured))
