@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 
 from cg_jax import _compat, _validate, trees
+from cg_jax._loss import with_state
 from cg_jax.ghost import plan
 from cg_jax.ghost.capture import Use, capture, reaches_parameters
+from cg_jax.ghost.engine import without_aux
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.rules import rule_for
@@ -45,7 +47,15 @@ class Explanation(tuple[TensorPlan, ...]):
     __repr__ = __str__
 
 
-def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int | None = None) -> Explanation:
+def explain(
+    loss_fn: LossFn,
+    params: PyTree,
+    example: PyTree,
+    *,
+    state: PyTree = None,
+    max_bytes: int | None = None,
+    has_aux: bool = False,
+) -> Explanation:
     """What `grad_moments(loss_fn)` will do with every parameter tensor; nothing is computed.
 
     Rules, with the gradient G = AᵀB of one example, A [T, D] and B [T, P]: "closed" is ‖a‖² ‖b‖² (T = 1), "gram"
@@ -57,7 +67,9 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.
         params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
         example: One example, without a batch axis; arrays or `jax.ShapeDtypeStruct`s.
+        state: As for `grad_moments`; arrays or `jax.ShapeDtypeStruct`s.
         max_bytes: As for `grad_moments`.
+        has_aux: As for `grad_moments`.
 
     Returns:
         An `Explanation`: a tuple of one `TensorPlan` for each floating-point tensor, in the order of jax.tree.leaves;
@@ -80,6 +92,8 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
     _validate.parameters(params)
     _validate.max_bytes(max_bytes)
     params, example = jax.tree.map(_shaped, (params, example))
+    loss_fn = with_state(loss_fn, jax.tree.map(_value, state))
+    loss_fn = without_aux(loss_fn) if has_aux else loss_fn
     kept, rest = trees.partition(params)
     _validate.something_to_differentiate(kept)
     program = capture(loss_fn, kept, jax.tree.map(_value, rest), example)
