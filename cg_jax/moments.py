@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cg_jax import trees
+from cg_jax import _compat, trees
 
 PyTree = Any
 
@@ -23,19 +24,41 @@ class GradMoments(NamedTuple):
     sum_sq_norms: PyTree  # Q = Σ ‖gᵢ‖², one scalar for each tensor of the parameters
 
     @classmethod
-    def zeros(cls, params: PyTree, loss_dtype: Any = jnp.float32) -> "GradMoments":
-        """The moments of no examples, the neutral element of `merge`.
+    def zeros(
+        cls, params: PyTree, loss_dtype: Any = jnp.float32, *, axis_name: str | tuple[str, ...] | None = None
+    ) -> "GradMoments":
+        """The moments of no examples, the neutral element of `merge`: what a loop over batches begins with.
 
         Args:
             params: The parameters (arrays or `jax.ShapeDtypeStruct`s) whose gradients will be summed.
             loss_dtype: The dtype of the losses.
+            axis_name: Inside `jax.shard_map`, the axes that the examples are divided over, so that the moments of each
+                device's own examples can be added in a scan, whose carry keeps its type. None: all axes of the
+                shard_map.
+
+        Examples:
+            >>> import functools, jax, jax.numpy as jnp, cg_jax as cg
+            >>> moments = cg.grad_moments(lambda w, x: 0.5 * (w - x) ** 2)
+            >>> def step(total, batch):
+            ...     return cg.merge(total, moments(0.0, batch)), None
+            >>> total, _ = jax.lax.scan(step, cg.GradMoments.zeros(0.0), jnp.array([[1.0, 4.0], [7.0, 0.0]]))
+            >>> int(total.count), float(total.sum_grads)
+            (4, -12.0)
         """
         kept, _ = trees.partition(params)
+        axes = _compat.tracked_axes()
+        if axis_name is not None:
+            axes &= {axis_name} if isinstance(axis_name, str) else set(axis_name)
+
+        def zero(shape: tuple[int, ...], dtype: Any, *like: Any) -> jax.Array:
+            varying = axes | _compat.varying_axes(*like)
+            return _compat.vary(jnp.zeros(shape, trees.accumulator_dtype(dtype)), varying)
+
         return cls(
-            count=jnp.zeros((), jnp.int32),
-            sum_losses=jnp.zeros((), trees.accumulator_dtype(loss_dtype)),
-            sum_grads=jax.tree.map(lambda p: jnp.zeros(p.shape, trees.accumulator_dtype(p.dtype)), kept),
-            sum_sq_norms=jax.tree.map(lambda p: jnp.zeros((), trees.accumulator_dtype(p.dtype)), kept),
+            count=_compat.vary(jnp.zeros((), jnp.int32), axes),
+            sum_losses=zero((), loss_dtype),
+            sum_grads=jax.tree.map(lambda p: zero(np.shape(p), jnp.result_type(p), p), kept),
+            sum_sq_norms=jax.tree.map(lambda p: zero((), jnp.result_type(p), p), kept),
         )
 
 
