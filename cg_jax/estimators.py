@@ -5,15 +5,17 @@ batches, and hand on moments with the estimate in its place, so that all ratios 
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cg_jax import trees
+from cg_jax._loss import LossFn, checked_loss, require_dependence, require_dependence_on, with_state
 from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments
-from cg_jax.per_example import LossFn, alignments, checked_loss, require_dependence, require_dependence_on
+from cg_jax.per_example import aligned
 from cg_jax.statistics import batch_statistics, fill_masked, to_moments
 
 PyTree = Any
@@ -55,35 +57,37 @@ class Inputs(NamedTuple):
     """What every batch is measured with."""
 
     params: PyTree
+    state: PyTree  # what loss_fn takes beside them, or None
     seed: jax.Array  # of the random signs
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-    """A way to measure: what is static of it."""
+    """Static configuration of an estimator."""
 
     name: str
-    loss_fn: LossFn
     method: str
     batch_size: int
-    guard: bool  # leave a batch out, for the time being, that holds what is not finite
+    guard: bool  # set a batch aside that holds what is not finite, until it is resolved
     axis: str | None  # of the shard_map that it runs in
+    has_aux: bool  # of loss_fn; what it returns beside the loss is dropped
 
     @property
     def by_example(self) -> bool:
         """Whether loss_fn is the loss of one example."""
         return self.name != "batch"
 
-    def shapes(self, inputs: Inputs, rows: PyTree) -> Sums:
+    def shapes(self, loss_fn: LossFn, inputs: Inputs, rows: PyTree) -> Sums:
         """The shapes of the sums of one batch."""
         ids = jax.ShapeDtypeStruct(jax.tree.leaves(rows)[0].shape[:1], jnp.int32)
-        sums: Sums = jax.eval_shape(dataclasses.replace(self, axis=None).of_batch, inputs, (rows, ids))[0]
+        of_batch = functools.partial(dataclasses.replace(self, axis=None).of_batch, loss_fn)
+        sums: Sums = jax.eval_shape(of_batch, inputs, (rows, ids))[0]
         return sums._replace(previous=sums.moments.sum_grads) if not self.by_example else sums
 
-    def of_batch(self, inputs: Inputs, batch: tuple[PyTree, jax.Array]) -> tuple[Sums, OfRows]:
+    def of_batch(self, loss_fn: LossFn, inputs: Inputs, batch: tuple[PyTree, jax.Array]) -> tuple[Sums, OfRows]:
         """(the sums of a batch, what it says of its rows), given (rows, their ids, −1 where masked)."""
         rows, ids = batch
-        sums, bad, sq_norms = _SUMS[self.name](self, inputs, rows, ids)
+        sums, bad, sq_norms = _SUMS[self.name](self, with_state(loss_fn, inputs.state), inputs, rows, ids)
         bad &= ids >= 0
         spoilt = bad.any() & self.guard
         sums = jax.tree.map(lambda leaf: jnp.where(spoilt, jnp.zeros_like(leaf), leaf), sums)
@@ -101,30 +105,40 @@ def _no_spread(like: jax.Array) -> Spread:
     return Spread(jnp.zeros((), jnp.int32), jnp.zeros_like(like), jnp.zeros_like(like))
 
 
-def _exact_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+def _finite(*values: PyTree) -> jax.Array:
+    """Whether all values are finite; their sum may not be."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(values)]).all()
+
+
+def _exact_sums(
+    how: Estimator, loss_fn: LossFn, inputs: Inputs, rows: PyTree, ids: jax.Array
+) -> tuple[Sums, jax.Array, jax.Array]:
     """By the engine, or vmap: S and Q, and the squared norm of every row."""
     mask = ids >= 0
-    found = batch_statistics(how.loss_fn, inputs.params, rows, mask, how.method)
+    found = batch_statistics(loss_fn, inputs.params, rows, mask, how.method, has_aux=how.has_aux)
     sq_norms = trees.total(found.sq_norms)
     moments = to_moments(found, mask.sum())
-    return Sums(moments, _no_spread(sq_norms[0]), None), ~jnp.isfinite(sq_norms + found.losses), sq_norms
+    finite = jnp.isfinite(sq_norms) & jnp.isfinite(found.losses)
+    return Sums(moments, _no_spread(sq_norms[0]), None), ~finite, sq_norms
 
 
 def _exact(how: Estimator, sums: Sums) -> tuple[GradMoments, None]:
     return sums.moments, None
 
 
-def _signs_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+def _signs_sums(
+    how: Estimator, loss_fn: LossFn, inputs: Inputs, rows: PyTree, ids: jax.Array
+) -> tuple[Sums, jax.Array, jax.Array]:
     """S, and the mean of ‖Σ εᵢ gᵢ‖² over two draws of signs, by one forward and three backward passes.
 
     Of two draws from the same examples the difference is by the signs alone.
     """
     mask = ids >= 0
     rows = fill_masked(rows, mask)
-    require_dependence(how.loss_fn, inputs.params, rows)
+    require_dependence(loss_fn, inputs.params, rows, how.has_aux)
     kept, rest = trees.partition(inputs.params)
-    kept = jax.tree.map(jnp.asarray, kept)
-    losses, pull = jax.vjp(lambda p: jax.vmap(checked_loss(how.loss_fn, rest), (None, 0))(p, rows), kept)
+    kept, loss = jax.tree.map(jnp.asarray, kept), checked_loss(loss_fn, rest, has_aux=how.has_aux)
+    losses, pull = jax.vjp(lambda p: jax.vmap(loss, (None, 0))(p, rows), kept)
     weights = jnp.concatenate([jnp.ones_like(losses)[None], _signs_of(how, inputs, losses, ids)])
     totals = [trees.accumulate(pull(jnp.where(mask, w, 0))[0]) for w in weights]
     # Where no row counts, what was done to the first may still be NaN.
@@ -135,7 +149,7 @@ def _signs_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) ->
     norms = jax.tree.map(lambda q, r: (q + r) / 2, *squares)
     moments = GradMoments(mask.sum().astype(jnp.int32), losses.sum(), total, norms)
     spread = Spread(mask.any().astype(jnp.int32), one + other, ((one - other) / 2) ** 2)
-    bad = ~jnp.isfinite(losses.sum() + one + other + trees.total(trees.sq_norms(total)))
+    bad = ~_finite(losses, one, other, total)
     return Sums(moments, spread, None), jnp.broadcast_to(bad, ids.shape), jnp.full(ids.shape, jnp.nan, one.dtype)
 
 
@@ -171,17 +185,20 @@ def _where_squares_fit(size: jax.Array, error: jax.Array) -> jax.Array:
     return jnp.where((size > low) & (size < high), error, jnp.nan)
 
 
-def _batch_sums(how: Estimator, inputs: Inputs, rows: PyTree, ids: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+def _batch_sums(
+    how: Estimator, loss_fn: LossFn, inputs: Inputs, rows: PyTree, ids: jax.Array
+) -> tuple[Sums, jax.Array, jax.Array]:
     """k times the mean gradient of the batch, and its squared norm."""
     kept, rest = trees.partition(inputs.params)
-    kept, loss_fn = jax.tree.map(jnp.asarray, kept), checked_loss(how.loss_fn, rest, "the mean loss of a batch")
-    require_dependence_on(loss_fn, kept, rows)
-    loss, grads = jax.value_and_grad(loss_fn)(kept, rows)
+    kept = jax.tree.map(jnp.asarray, kept)
+    mean_loss = checked_loss(loss_fn, rest, "the mean loss of a batch", how.has_aux)
+    require_dependence_on(mean_loss, kept, rows)
+    loss, grads = jax.value_and_grad(mean_loss)(kept, rows)
     grads = trees.accumulate(grads)
     norms, k = trees.sq_norms(grads), ids.shape[0]
     loss = loss.astype(trees.accumulator_dtype(loss.dtype))
     moments = GradMoments(jnp.int32(k), k * loss, jax.tree.map(lambda g: k * g, grads), norms)
-    bad = jnp.broadcast_to(~jnp.isfinite(trees.total(norms) + loss), ids.shape)
+    bad = jnp.broadcast_to(~_finite(loss, trees.total(norms)), ids.shape)
     return Sums(moments, _no_spread(loss), None), bad, jnp.full(ids.shape, jnp.nan, loss.dtype)
 
 
@@ -212,7 +229,7 @@ def _batch(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
     c = jnp.where(number > 1, (m - k) / (k * (m - 1)), jnp.nan)
 
     def of_tensor(total: jax.Array, squares: jax.Array) -> jax.Array:
-        square = trees.sq_norms(total) / m**2
+        square = trees.sq_norms(total / m.astype(total.dtype))  # the square of S may leave the range, this does not
         return m * (square + (squares / number - square) / c.astype(square.dtype))
 
     sum_sq_norms = jax.tree.map(of_tensor, sums.moments.sum_grads, sums.moments.sum_sq_norms)
@@ -231,14 +248,14 @@ _SUMS = {"exact": _exact_sums, "signs": _signs_sums, "batch": _batch_sums}
 _FINISH = {"exact": _exact, "signs": _signs, "batch": _batch}
 
 
-def deviations(how: Estimator, inputs: PyTree, batch: PyTree) -> tuple[jax.Array, None]:
+def deviations(how: Estimator, loss_fn: LossFn, inputs: PyTree, batch: PyTree) -> tuple[jax.Array, None]:
     """(Σ ((2 aᵢ − α qᵢ − ‖ḡ‖²)/q̄)² over a batch, nothing of its rows): aᵢ = gᵢ · ḡ, qᵢ = ‖gᵢ‖², q̄ their mean.
 
     The infinitesimal jackknife: a number of these, over m, is what α moves by when example i weighs a little more.
     """
-    (params, mean_grad, alpha, mean_sq_norm), (rows, ids, sq_norms) = inputs, batch
+    (params, state, mean_grad, alpha, mean_sq_norm), (rows, ids, sq_norms) = inputs, batch
     mask = (ids >= 0) & ~jnp.isnan(sq_norms)
-    aligned = alignments(how.loss_fn)(params, fill_masked(rows, mask), mean_grad).astype(sq_norms.dtype)
+    products, _ = aligned(with_state(loss_fn, state), params, fill_masked(rows, mask), mean_grad, how.has_aux)
     square = trees.total(trees.sq_norms(mean_grad))
-    moved = jnp.where(mask, (2 * aligned - alpha * sq_norms - square) / mean_sq_norm, 0)
+    moved = jnp.where(mask, (2 * products.astype(sq_norms.dtype) - alpha * sq_norms - square) / mean_sq_norm, 0)
     return jnp.sum(moved**2), None

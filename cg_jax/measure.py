@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import types
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cg_jax import _compat, _validate
+from cg_jax._compiled import Programs, programs_of
+from cg_jax._loss import LossFn
 from cg_jax.batches import batches_of, is_arrays
-from cg_jax.estimators import ESTIMATORS, Estimator, Inputs
+from cg_jax.estimators import ESTIMATORS, Estimator, Inputs, Sums
 from cg_jax.layout import Layout, as_auto, auto_context
 from cg_jax.metrics import Coherence
-from cg_jax.per_example import LossFn
 from cg_jax.statistics import METHODS
 from cg_jax.stream import Run
 
@@ -54,8 +56,8 @@ def _check_confidence(confidence: bool, estimator: str, data: Any) -> None:
         )
 
 
-def _check_outside(params: PyTree, data: Any) -> None:
-    leaves = jax.tree.leaves((params, data if is_arrays(data) else None))
+def _check_outside(params: PyTree, state: PyTree, data: Any) -> None:
+    leaves = jax.tree.leaves((params, state, data if is_arrays(data) else None))
     if any(_compat.is_tracer(leaf) for leaf in leaves):
         raise TypeError(
             "Expected measure_coherence outside of jit, vmap and shard_map, got traced arrays: it is a loop over "
@@ -77,6 +79,8 @@ def measure_coherence(
     data: PyTree | Iterable[PyTree],
     *,
     batch_size: int,
+    state: PyTree = None,
+    has_aux: bool = False,
     mesh: Mesh | None = None,
     data_axis: str | None = None,
     method: str = "ghost",
@@ -97,8 +101,7 @@ def measure_coherence(
     sums scattered for every batch, which moves twice their size for each.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example; for estimator "batch", loss_fn(params,
-            batch) → the mean loss of a batch.
+        loss_fn: As for `grad_moments`; for estimator "batch", loss_fn(params, batch) → the mean loss of a batch.
         params: Any pytree of arrays; integer leaves are held fixed.
         data: A pytree (tuple, dict, …) of host or device arrays that share a leading axis m, any m; or an iterable (a
             list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. Of several processes
@@ -106,6 +109,10 @@ def measure_coherence(
             batch_size / num_processes rows. An iterable then costs one small exchange between processes for each batch.
             All other arguments are the same in every process. An error that one process meets in its data is raised in
             all; one that it meets elsewhere ends the others when it ends.
+        state: What loss_fn takes as its third argument and what is not differentiated, such as running averages: any
+            pytree of arrays, the same for all examples. New values compile nothing again, as new values that loss_fn
+            closes over would.
+        has_aux: loss_fn returns (loss, aux), as for `jax.value_and_grad`; aux is dropped.
         batch_size: Examples in one batch, over all devices; a shorter batch is padded by repeating a row, and the
             padding is masked.
         mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all, its axes Auto or Explicit.
@@ -114,7 +121,7 @@ def measure_coherence(
         estimator: "exact"; or one that needs no per-example gradients, for losses that the engine is not for:
             "signs", Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1, one term for each batch on each device, the mean of
             two draws: three ordinary backward passes. Its sums over a batch are in the dtype of the model: for float16
-            take "exact".
+            and narrower ones take "exact".
             "batch", from mean gradients of disjoint batches of k = batch_size, for losses that see the whole batch
             (BatchNorm in training): α = c α_W / (1 − α_W (1 − c)), c = (m − k)/(k (m − 1)), with α_W that of the mean
             gradients. Batches must be random: shuffle data that comes in order of class. Those that are not whole are
@@ -128,14 +135,15 @@ def measure_coherence(
             far pairs of batches are apart (NaN below 4 batches), too large where norms differ much between examples.
             Both are rough where they follow from few batches. NaN too where squares of squared norms leave the range of
             the dtype.
-        nonfinite: What a loss or gradient that is not finite does. "raise": FloatingPointError with how many and the
+        nonfinite: What a loss or gradient that is not finite does, or one whose squared norm is not (a norm above
+            1.8e19 in float32). "raise": FloatingPointError with how many and the
             first index. "skip": the example is left out and counted in num_skipped ("signs", "batch": its whole
             batch). "propagate": the result is NaN.
         seed: Of the random signs, ≥ 0.
         progress: Draw a bar (needs tqdm).
 
     Returns:
-        A `Coherence`; its scalars are arrays on the device.
+        A `Coherence`; its scalars are arrays on the device. A UserWarning, and NaN, where all gradients are zero.
 
     Raises:
         ValueError: batch_size < 1, unknown method, estimator or nonfinite, empty data, leading axes that disagree, a
@@ -168,36 +176,58 @@ def measure_coherence(
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
     _check_confidence(confidence, estimator, data)
     _check_mesh(mesh, data_axis)
-    _check_outside(params, data)
-    layout = None if mesh is None else Layout.of(mesh, data_axis, params)
+    _check_outside(params, state, data)
+    layout = None if mesh is None else _layout(mesh, data_axis, params, state)
     axis = layout.axis if layout is not None and estimator != "batch" else None
-    how = Estimator(estimator, loss_fn, method, batch_size, nonfinite != "propagate", axis)
+    how = Estimator(estimator, method, batch_size, nonfinite != "propagate", axis, has_aux)
+    inputs = Inputs(params, state, jnp.asarray(seed, jnp.uint32))
     with auto_context():
-        return _measured(how, layout, params, data, nonfinite, confidence, seed, progress)
+        found, sums = _measured(programs_of(loss_fn), how, layout, inputs, data, nonfinite, confidence, progress)
+    _warn_of_zeros(found, sums)
+    return found
+
+
+def _layout(mesh: Mesh, data_axis: str | None, params: PyTree, state: PyTree) -> Layout:
+    """The layout of parameters and state; sums are like the parameters alone."""
+    kept = Layout.of(mesh, data_axis, params).kept
+    return dataclasses.replace(Layout.of(mesh, data_axis, (params, state)), kept=kept)
+
+
+def _warn_of_zeros(found: Coherence, sums: Sums) -> None:
+    squares = jax.tree.leaves(sums.moments.sum_sq_norms)
+    count, mean, *squares = jax.device_get((found.count, found.mean_grad_norm, *squares))
+    if count > 0 and not any((mean, *squares)):  # random signs may cancel
+        warnings.warn(
+            f"Expected some gradient other than zero, got {count} that are zero or so small that their squares are, so "
+            "that the coherence is NaN; measure a loss that can be differentiated (cross-entropy, not accuracy).",
+            stacklevel=3,
+        )
 
 
 def _measured(
+    programs: Programs,
     how: Estimator,
     layout: Layout | None,
-    params: PyTree,
+    inputs: Inputs,
     data: Any,
     nonfinite: str,
     confidence: bool,
-    seed: int,
     progress: bool,
-) -> Coherence:
-    """The measurement, its arguments checked."""
+) -> tuple[Coherence, Sums]:
+    """(the coherence, the sums that it follows from), arguments checked."""
+    params, state = inputs.params, inputs.state
     if layout is None:
-        params, data = as_auto(params), as_auto(data) if is_arrays(data) else data
+        params, state, data = as_auto(params), as_auto(state), as_auto(data) if is_arrays(data) else data
     else:
-        params = layout.place(params)
+        params, state = layout.place((params, state))
         if not how.by_example:
             _validate.divides("the data axis", layout.num_shards, "batch_size", how.batch_size)
     read = functools.partial(batches_of, data, how.batch_size, layout, whole=not how.by_example)
-    run, batches = Run(how, layout, Inputs(params, jnp.asarray(seed, jnp.uint32)), nonfinite, confidence), read()
+    inputs = inputs._replace(params=params, state=state)
+    run, batches = Run(programs, how, layout, inputs, nonfinite, confidence), read()
     with _bar(progress, batches.number) as bar:
         sums, skipped, by_batch = run.add_all(batches, bar)
         found, sums = run.finish(sums, skipped)
         if confidence:
             found = dataclasses.replace(found, alpha_stderr=run.stderr(read(), found, sums, by_batch))
-    return found
+    return found, sums

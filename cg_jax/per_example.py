@@ -9,91 +9,63 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import _compat, _validate, explicit, trees
+from cg_jax._compiled import compiled, programs_of
+from cg_jax._loss import (  # noqa: F401
+    LossFn,
+    checked_loss,
+    checked_pair,
+    each_devices_own,
+    example_of,
+    require_dependence,
+    with_state,
+)
 
 PyTree = Any
-LossFn = Callable[[PyTree, PyTree], jax.Array]
 
-# Examples whose gradients may exist at the same time where `alignments` cannot run forward-mode.
+# Examples whose gradients may exist at the same time where `alignments` cannot run forward-mode, and their bytes.
 _CHUNK = 16
+_CHUNK_BYTES = 2**26
+# What a derivative along a direction may leave the range of, where gradients do not.
+_SHORT_RANGE = 5  # bits of the exponent
 
 
-def checked_loss(loss_fn: LossFn, rest: PyTree, what: str = "the loss of ONE example (no batch axis)") -> LossFn:
-    """loss_fn of the differentiable leaves alone, `rest` put back; TypeError when traced if it returns no scalar."""
-
-    def loss(kept: PyTree, example: PyTree) -> jax.Array:
-        out = jax.tree.map(jnp.asarray, loss_fn(trees.combine(kept, rest), example))
-        _validate.scalar_loss(out, what)
-        return out
-
-    return loss
-
-
-def example_of(batch: PyTree) -> PyTree:
-    """The shape and dtype of one example of a batch."""
-    return jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[0], batch), batch)
-
-
-def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree) -> None:
-    """ValueError unless loss_fn reads a differentiable leaf of params on the way to its result."""
+def losses_and_grads(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, has_aux: bool = False
+) -> tuple[jax.Array, PyTree, PyTree]:
+    """(losses [B], gradients like params of [B, *param], auxiliary values [B, ...]), by vmap(value_and_grad)."""
+    params = each_devices_own(loss_fn, params, batch, has_aux)
     kept, rest = trees.partition(params)
-    require_dependence_on(checked_loss(loss_fn, rest), kept, example_of(batch))
+    require_dependence(loss_fn, params, batch, has_aux)
+    pair = checked_pair(loss_fn, rest, has_aux=has_aux)
+    (losses, aux), grads = jax.vmap(jax.value_and_grad(pair, has_aux=True), in_axes=(None, 0))(kept, batch)
+    return losses, grads, aux
 
 
-def require_dependence_on(loss: LossFn, kept: PyTree, data: PyTree) -> None:
-    """The same of a loss of differentiable leaves and whatever it takes beside them."""
-    _validate.something_to_differentiate(kept)
-    jaxpr = jax.make_jaxpr(loss)(kept, data).jaxpr
-    reached = set(jaxpr.invars[: len(jax.tree.leaves(kept))])
-    for eqn in jaxpr.eqns:
-        if any(not _compat.is_literal(atom) and atom in reached for atom in eqn.invars):
-            reached.update(eqn.outvars)
-    (out,) = jaxpr.outvars
-    _validate.dependence(not _compat.is_literal(out) and out in reached)
+@compiled(static=1, taker="per_example_grads")
+def _grads(loss_fn: LossFn, has_aux: bool, params: PyTree, batch: PyTree, state: PyTree) -> PyTree:
+    _, grads, aux = losses_and_grads(with_state(loss_fn, state), params, batch, has_aux)
+    return (grads, aux) if has_aux else grads
 
 
-def each_devices_own(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
-    """Params that vary over the axes of an enclosing shard_map that the batch, or the loss, varies over.
-
-    Gradients with respect to what is the same on all devices are summed over them. An axis over which the loss is the
-    same, as after a psum over the parts of a layer, is left alone.
-    """
-    axes = _compat.varying_axes(batch)
-    if _compat.varying_axes(params) - axes:
-        kept, rest = trees.partition(params)
-        axes |= _compat.varying_axes(jax.eval_shape(checked_loss(loss_fn, rest), kept, example_of(batch)))
-    return _compat.vary(params, axes)
-
-
-def losses_and_grads(loss_fn: LossFn, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
-    """(losses [B], gradients like params of [B, *param]), by vmap(value_and_grad)."""
-    params = each_devices_own(loss_fn, params, batch)
-    kept, rest = trees.partition(params)
-    require_dependence(loss_fn, params, batch)
-    return jax.vmap(jax.value_and_grad(checked_loss(loss_fn, rest)), in_axes=(None, 0))(kept, batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _grads(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
-    return losses_and_grads(loss_fn, params, batch)[1]
-
-
-def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
-    """The function (params, batch) → gᵢ = ∇ loss_fn(params, batch[i]) for every example i, materialised.
+def per_example_grads(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., PyTree]:
+    """The function (params, batch, state=None) → gᵢ = ∇ loss_fn(params, batch[i]) for every example i, materialised.
 
     Takes memory for B × parameters; for statistics of the gradients use `grad_moments` or `per_example_sq_norms`, which
     never build this.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object:
-            pass the same one again, for a fresh lambda compiles again.
+        loss_fn: As for `grad_moments`.
+        has_aux: As for `grad_moments`.
 
     Returns:
-        A jitted function of params (any pytree) and batch (a pytree whose leaves share a leading axis B), which returns
-        a pytree like params of [B, *param] in the parameters' dtypes; None for integer leaves.
+        A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B) and state, which
+        returns a pytree like params of [B, *param] in the parameters' dtypes; None for integer leaves. With has_aux,
+        (that, the auxiliary values [B, ...]).
 
     Raises:
         ValueError: Empty batch, leading axes that disagree, or a loss that does not depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
+        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
+            leaf of params is complex or no array.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -101,56 +73,90 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
         Array([-1., -4., -7.], dtype=float32)
     """
     _validate.function("loss_fn", loss_fn)
+    programs = programs_of(loss_fn)
 
-    def grads(params: PyTree, batch: PyTree) -> PyTree:
+    def grads(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
         _validate.parameters(params)
         _validate.leading_axis("batch", batch)
-        return explicit.relaxed(functools.partial(_grads, loss_fn), _grads_lie, params, batch)
+        of_batch = functools.partial(_grads, programs, has_aux)
+        return explicit.relaxed(of_batch, functools.partial(_grads_lie, has_aux), params, batch, state)
 
     return grads
 
 
-def _grads_lie(params: PyTree, rows: Any) -> PyTree:
-    return jax.tree.map(functools.partial(explicit.behind, rows), params)
+def _grads_lie(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
+    grads = jax.tree.map(functools.partial(explicit.behind, rows), params)
+    return (grads, PartitionSpec(rows)) if has_aux else grads
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _alignments(loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
-    require_dependence(loss_fn, params, batch)
-    params = each_devices_own(loss_fn, params, batch)
-    kept, rest = trees.partition(params)
-    along, _ = trees.partition(direction)
-    along = _compat.vary_like(along, kept)
-    loss = checked_loss(loss_fn, rest)
-    along = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), along, kept)
-    losses = lambda p: jax.vmap(loss, in_axes=(None, 0))(p, batch)  # noqa: E731
-    if _compat.has_forward_mode(losses, (kept,), (along,)):
-        return jax.jvp(losses, (kept,), (along,))[1]
+def aligned(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTree, has_aux: bool = False
+) -> tuple[jax.Array, PyTree]:
+    """(gᵢ · direction [B] in the accumulator dtype, auxiliary values [B, ...])."""
+    jaxpr = require_dependence(loss_fn, params, batch, has_aux)
+    kept, rest = trees.partition(each_devices_own(loss_fn, params, batch, has_aux))
+    kept = jax.tree.map(jnp.asarray, kept)
+    along = _compat.vary_like(trees.partition(direction)[0], kept)
+    pair = checked_pair(loss_fn, rest, has_aux=has_aux)
+    pairs = lambda p: jax.vmap(pair, in_axes=(None, 0))(p, batch)  # noqa: E731
+    if not _is_narrow(jaxpr, kept):
+        tangents = jax.tree.map(lambda v, p: v.astype(p.dtype), along, kept)
+        if _compat.has_forward_mode(lambda p: pairs(p)[0], (kept,), (tangents,)):
+            _, found, aux = jax.jvp(pairs, (kept,), (tangents,), has_aux=True)
+            return found, aux
 
-    def alignment(example: PyTree) -> jax.Array:
-        grad = jax.tree.map(lambda leaf: leaf[None], jax.grad(loss)(kept, example))
-        return trees.row_inner(grad, along)[0]
+    def of_example(example: PyTree) -> tuple[jax.Array, PyTree]:
+        grad, aux = jax.grad(pair, has_aux=True)(kept, example)
+        return trees.row_inner(jax.tree.map(lambda leaf: leaf[None], grad), along)[0], aux
 
-    return jax.lax.map(alignment, batch, batch_size=_CHUNK)
+    size = trees.total(jax.tree.map(lambda leaf: leaf.nbytes, kept))
+    return jax.lax.map(of_example, batch, batch_size=max(1, min(_CHUNK, _CHUNK_BYTES // max(1, size))))
 
 
-def alignments(loss_fn: LossFn) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
-    """The function (params, batch, direction) → aᵢ = gᵢ · v, [B], from ONE forward-mode pass along v.
+def _is_narrow(jaxpr: Any, kept: PyTree) -> bool:
+    """Whether forward mode would round below the accumulator dtype, or leave the range of a dtype inside the loss.
+
+    It takes the direction in the parameters' dtypes, and gives the result in the loss's.
+    """
+    ends = [*(leaf.dtype for leaf in jax.tree.leaves(kept)), *(out.aval.dtype for out in jaxpr.outvars)]
+    inside = [dtype for dtype in _compat.dtypes_in(jaxpr) if jnp.issubdtype(dtype, jnp.floating)]
+    return any(dtype != trees.accumulator_dtype(dtype) for dtype in ends) or any(
+        jnp.finfo(dtype).nexp <= _SHORT_RANGE for dtype in inside
+    )
+
+
+@compiled(static=1, taker="alignments")
+def _alignments(
+    loss_fn: LossFn, has_aux: bool, params: PyTree, batch: PyTree, direction: PyTree, state: PyTree
+) -> PyTree:
+    found, aux = aligned(with_state(loss_fn, state), params, batch, direction, has_aux)
+    return (found, aux) if has_aux else found
+
+
+def alignments(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
+    """The function (params, batch, direction, state=None) → aᵢ = gᵢ · v, [B], from ONE forward-mode pass along v.
 
     No per-example gradient is built. With v the mean gradient ḡ, Σ aᵢ / m = ‖ḡ‖²: an example with small or negative aᵢ
-    pulls against the others. The price is about one forward pass more. A loss that holds a `jax.custom_vjp`, which
-    forward mode refuses, is done by reverse mode, a few examples at a time.
+    pulls against the others. The price is about one forward pass more.
+
+    Reverse mode is taken, a few examples at a time, where forward mode is refused (a loss that holds a
+    `jax.custom_vjp`) or would round: parameters or a loss narrower than float32, or float16 inside the loss, whose
+    range a sum of products with v may leave.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.
+        loss_fn: As for `grad_moments`.
+        has_aux: As for `grad_moments`.
 
     Returns:
-        A jitted function of params, batch and direction (like params; integer leaves are ignored and may be None).
+        A jitted function of params, batch, direction (like params, of any floating dtype; integer leaves are ignored
+        and may be None) and state. The result is float32, or float64 where the parameters are. With has_aux, (that, the
+        auxiliary values [B, ...]).
 
     Raises:
         ValueError: Empty batch, leading axes that disagree, a direction of other structure or shapes than params, or a
             loss that does not depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
+        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
+            leaf of params is complex or no array.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -158,8 +164,9 @@ def alignments(loss_fn: LossFn) -> Callable[[PyTree, PyTree, PyTree], jax.Array]
         Array([ -2.,  -8., -14.], dtype=float32)
     """
     _validate.function("loss_fn", loss_fn)
+    programs = programs_of(loss_fn)
 
-    def aligned(params: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
+    def of_batch(params: PyTree, batch: PyTree, direction: PyTree, state: PyTree = None) -> Any:
         _validate.parameters(params)
         _validate.leading_axis("batch", batch)
         kept, rest = trees.partition(params)
@@ -167,7 +174,9 @@ def alignments(loss_fn: LossFn) -> Callable[[PyTree, PyTree, PyTree], jax.Array]
         _validate.same_structure("direction", along, "params", kept)
         along = jax.tree.map(jnp.asarray, along)
         return explicit.relaxed(
-            functools.partial(_alignments, loss_fn), lambda _, rows: PartitionSpec(rows), params, batch, along
+            functools.partial(_alignments, programs, has_aux),
+            lambda _, rows: PartitionSpec(rows),
+            *(params, batch, along, state),
         )
 
-    return aligned
+    return of_batch

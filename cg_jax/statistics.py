@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import _validate, explicit, ghost, trees
+from cg_jax._compiled import compiled, programs_of
+from cg_jax._loss import LossFn, each_devices_own, with_state
 from cg_jax.moments import GradMoments
-from cg_jax.per_example import LossFn, each_devices_own, losses_and_grads
+from cg_jax.per_example import losses_and_grads
 
 PyTree = Any
 
@@ -20,9 +22,10 @@ METHODS = ("ghost", "vmap")
 class BatchStatistics(NamedTuple):
     """What one batch yields; masked rows are zero throughout."""
 
-    losses: jax.Array  # [B]
+    losses: jax.Array  # [B], accumulator dtype
     sq_norms: PyTree  # ‖gᵢ‖² for each tensor, [B], accumulator dtype
     sum_grads: PyTree  # Σ gᵢ, like the parameters, accumulator dtype
+    aux: PyTree  # what loss_fn returned beside the loss, [B, ...], or None
 
 
 def fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
@@ -35,17 +38,28 @@ def fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
 
 
 def _zero_where(condition: jax.Array, tree: PyTree) -> PyTree:
-    """Each leaf, or zeros where `condition` (a scalar, or [B] for leaves [B]) holds."""
-    return jax.tree.map(lambda leaf: jnp.where(condition, jnp.zeros_like(leaf), leaf), tree)
+    """Each leaf, or zeros where `condition` (a scalar, or [B] for leaves [B, ...]) holds; random keys as they are."""
+
+    def zeroed(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf
+        shaped = (
+            condition.reshape(condition.shape + (1,) * (leaf.ndim - condition.ndim)) if condition.ndim else condition
+        )
+        return jnp.where(shaped, jnp.zeros_like(leaf), leaf)
+
+    return jax.tree.map(zeroed, tree)
 
 
-def _vmap_statistics(loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None) -> BatchStatistics:
+def _vmap_statistics(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None, has_aux: bool
+) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
     """By vmap(grad): the reference, which builds a B × parameters array."""
-    losses, grads = losses_and_grads(loss_fn, params, batch)
+    losses, grads, aux = losses_and_grads(loss_fn, params, batch, has_aux)
     grads = trees.accumulate(grads)
     if weights is not None:
         grads = jax.vmap(lambda w, g: jax.tree.map(lambda leaf: leaf * w.astype(leaf.dtype), g))(weights, grads)
-    return BatchStatistics(losses, trees.row_sq_norms(grads), trees.row_sums(grads))
+    return losses, trees.row_sq_norms(grads), trees.row_sums(grads), aux
 
 
 def batch_statistics(
@@ -55,48 +69,63 @@ def batch_statistics(
     mask: jax.Array | None,
     method: str,
     max_bytes: int | None = None,
+    has_aux: bool = False,
 ) -> BatchStatistics:
     """Losses, squared norms and the sum of the gradients of one batch; the one producer behind everything above."""
     weights = None
     if mask is not None:
         batch, weights = fill_masked(batch, mask), mask.astype(jnp.float32)
-    params = each_devices_own(loss_fn, params, batch)
+    params = each_devices_own(loss_fn, params, batch, has_aux)
     if method == "ghost":
-        losses, sq_norms, sum_grads = ghost.statistics(loss_fn, params, batch, weights, max_bytes)
+        found = ghost.statistics(loss_fn, params, batch, weights, max_bytes, has_aux=has_aux)
     else:
-        losses, sq_norms, sum_grads = _vmap_statistics(loss_fn, params, batch, weights)
+        found = _vmap_statistics(loss_fn, params, batch, weights, has_aux)
+    losses, sq_norms, sum_grads, aux = found
+    losses = trees.accumulate(losses)
     if mask is not None:
-        losses, sq_norms = _zero_where(~mask, (losses, sq_norms))
+        losses, sq_norms, aux = _zero_where(~mask, (losses, sq_norms, aux))
         sum_grads = _zero_where(~mask.any(), sum_grads)
-    return BatchStatistics(losses, sq_norms, sum_grads)
+    return BatchStatistics(losses, sq_norms, sum_grads, aux)
 
 
 def to_moments(statistics: BatchStatistics, count: Any) -> GradMoments:
     """The sums over the batch, of which `count` rows were valid."""
-    losses = statistics.losses.astype(trees.accumulator_dtype(statistics.losses.dtype))
     return GradMoments(
         count=jnp.asarray(count, jnp.int32),
-        sum_losses=losses.sum(),
+        sum_losses=statistics.losses.sum(),
         sum_grads=statistics.sum_grads,
         sum_sq_norms=jax.tree.map(jnp.sum, statistics.sq_norms),
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(static=3, taker="grad_moments")
 def _moments(
-    loss_fn: LossFn, method: str, max_bytes: int | None, params: PyTree, batch: PyTree, mask: jax.Array | None
-) -> GradMoments:
-    statistics = batch_statistics(loss_fn, params, batch, mask, method, max_bytes)
-    return to_moments(statistics, statistics.losses.size if mask is None else mask.sum())
+    loss_fn: LossFn,
+    method: str,
+    max_bytes: int | None,
+    has_aux: bool,
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array | None,
+    state: PyTree,
+) -> Any:
+    statistics = batch_statistics(with_state(loss_fn, state), params, batch, mask, method, max_bytes, has_aux)
+    moments = to_moments(statistics, statistics.losses.size if mask is None else mask.sum())
+    return (moments, statistics.aux) if has_aux else moments
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sq_norms(loss_fn: LossFn, method: str, max_bytes: int | None, params: PyTree, batch: PyTree) -> PyTree:
-    return batch_statistics(loss_fn, params, batch, None, method, max_bytes).sq_norms
+@compiled(static=3, taker="per_example_sq_norms")
+def _sq_norms(
+    loss_fn: LossFn, method: str, max_bytes: int | None, has_aux: bool, params: PyTree, batch: PyTree, state: PyTree
+) -> Any:
+    statistics = batch_statistics(with_state(loss_fn, state), params, batch, None, method, max_bytes, has_aux)
+    return (statistics.sq_norms, statistics.aux) if has_aux else statistics.sq_norms
 
 
-def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None) -> Callable[..., GradMoments]:
-    """The function (params, batch, mask=None) → GradMoments: S = Σ gᵢ and Q = Σ ‖gᵢ‖² per tensor, Σ ℓᵢ, and the count.
+def grad_moments(
+    loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None, has_aux: bool = False
+) -> Callable[..., Any]:
+    """The function (params, batch, mask=None, state=None) → GradMoments: S = Σ gᵢ and Q = Σ ‖gᵢ‖² per tensor, Σ ℓᵢ.
 
     gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters
     beyond max_bytes; "vmap" is the plain reference, vmap(grad), and does. Both are exact and agree to rounding.
@@ -105,23 +134,35 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
     is the moments of all, and `coherence` of that what you want. Under `jax.jit` with sharded arrays nothing is needed.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object:
-            pass the same one again, for a fresh lambda compiles again.
+        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example; loss_fn(params, example, state) where a
+            state is given. Any callable: a function, a partial, a bound method, an object with __call__. As with
+            `jax.jit`, what it reads from outside is read once, when it is compiled. It is known by its identity, and
+            compiled once for each object: pass the same one again, for a fresh lambda compiles again. Of a bound method
+            the owner is what counts. What was compiled goes when loss_fn does; that of an object that takes no weak
+            reference (__slots__) goes with the function returned here.
         method: "ghost" or "vmap".
         max_bytes: Method "ghost" works a tensor off in chunks of examples, so that the per-example arrays that it needs
             take at most this many bytes at once (but for one example's own); 64 MiB by default, 256 MiB on an
             accelerator. `explain` says what they are.
+        has_aux: loss_fn returns (loss, aux), as for `jax.value_and_grad`; aux is any pytree of arrays, and has no
+            gradient.
 
     Returns:
-        A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B) and mask (boolean
-        [B]). Rows where mask is False contribute nothing, whatever they hold. A gradient that is not finite makes the
-        sums so: see `measure_coherence` for leaving such examples out. Sums are float32, or float64 where the
-        parameters are; integer leaves of params are None.
+        A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B), mask (boolean
+        [B]) and state (any pytree of arrays, without a batch axis). Rows where mask is False contribute nothing,
+        whatever they hold. State is what loss_fn needs and what is not differentiated, such as running averages: new
+        values compile nothing again, as new values that loss_fn closes over would. A gradient that is not finite makes
+        the sums so: see `measure_coherence` for leaving such examples out. Sums are float32, or float64 where the
+        parameters are; integer leaves of params are None. A squared norm above the range (a norm of 1.8e19 in float32)
+        is infinite, and one below it zero.
+
+        With has_aux, (GradMoments, aux with a leading axis B); masked rows of aux are zero, random keys apart.
 
     Raises:
         ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, a mask of other shape or
             dtype, or a loss that does not depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
+        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
+            leaf of params is complex or no array.
 
     References:
         The sum of squares without the gradients: Goodfellow, Efficient Per-Example Gradient Computations, 2015,
@@ -136,43 +177,49 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
     _validate.function("loss_fn", loss_fn)
     _validate.one_of("method", method, METHODS)
     _validate.max_bytes(max_bytes)
+    programs = programs_of(loss_fn)
 
-    def moments(params: PyTree, batch: PyTree, mask: Any = None) -> GradMoments:
+    def moments(params: PyTree, batch: PyTree, mask: Any = None, state: PyTree = None) -> Any:
         _validate.parameters(params)
         size = _validate.leading_axis("batch", batch)
         if mask is not None:
             mask = jnp.asarray(mask)
             _validate.mask_shape(mask, size)
-        of_batch = functools.partial(_moments, loss_fn, method, max_bytes)
-        return explicit.relaxed(of_batch, _moments_lie, params, batch, mask)
+        of_batch = functools.partial(_moments, programs, method, max_bytes, has_aux)
+        return explicit.relaxed(of_batch, functools.partial(_moments_lie, has_aux), params, batch, mask, state)
 
     return moments
 
 
-def _moments_lie(params: PyTree, rows: Any) -> GradMoments:
-    del rows
+def _moments_lie(has_aux: bool, params: PyTree, rows: Any) -> Any:
     whole: Any = PartitionSpec()
-    return GradMoments(whole, whole, params, jax.tree.map(lambda _: whole, params))
+    moments = GradMoments(whole, whole, params, jax.tree.map(lambda _: whole, params))
+    return (moments, PartitionSpec(rows)) if has_aux else moments
 
 
 def per_example_sq_norms(
-    loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None
-) -> Callable[[PyTree, PyTree], PyTree]:
-    """The function (params, batch) → ‖gᵢ‖² of every example, tensor by tensor; nothing of size B × parameters is built.
+    loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None, has_aux: bool = False
+) -> Callable[..., PyTree]:
+    """The function (params, batch, state=None) → ‖gᵢ‖² of every example, tensor by tensor.
+
+    Nothing of size B × parameters is built.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example. Compiled once for each function object.
+        loss_fn: As for `grad_moments`.
         method: "ghost", or "vmap" for the plain reference.
         max_bytes: As for `grad_moments`.
+        has_aux: As for `grad_moments`.
 
     Returns:
         A jitted function that returns a pytree like params of [B], float32 (float64 where the parameters are); None for
-        integer leaves. The sum over the leaves is ‖gᵢ‖² of the whole gradient.
+        integer leaves. The sum over the leaves is ‖gᵢ‖² of the whole gradient. With has_aux, (that, the auxiliary
+        values [B, ...]).
 
     Raises:
         ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, or a loss that does not
             depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar, or a leaf of params is complex or no array.
+        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
+            leaf of params is complex or no array.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -182,15 +229,17 @@ def per_example_sq_norms(
     _validate.function("loss_fn", loss_fn)
     _validate.one_of("method", method, METHODS)
     _validate.max_bytes(max_bytes)
+    programs = programs_of(loss_fn)
 
-    def sq_norms(params: PyTree, batch: PyTree) -> PyTree:
+    def sq_norms(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
         _validate.parameters(params)
         _validate.leading_axis("batch", batch)
-        of_batch = functools.partial(_sq_norms, loss_fn, method, max_bytes)
-        return explicit.relaxed(of_batch, _norms_lie, params, batch)
+        of_batch = functools.partial(_sq_norms, programs, method, max_bytes, has_aux)
+        return explicit.relaxed(of_batch, functools.partial(_norms_lie, has_aux), params, batch, state)
 
     return sq_norms
 
 
-def _norms_lie(params: PyTree, rows: Any) -> PyTree:
-    return jax.tree.map(lambda _: PartitionSpec(rows), params)
+def _norms_lie(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
+    norms = jax.tree.map(lambda _: PartitionSpec(rows), params)
+    return (norms, PartitionSpec(rows)) if has_aux else norms

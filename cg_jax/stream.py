@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from cg_jax import trees
+from cg_jax._compiled import Programs, compiled
+from cg_jax._loss import LossFn
 from cg_jax.batches import Batch, Batches
 from cg_jax.estimators import Estimator, Inputs, OfRows, Sums, add_batch, deviations
 from cg_jax.layout import Layout, Specs
@@ -31,17 +33,23 @@ def _specs(layout: Layout, sums: Sums) -> Specs:
     return [None if leaf is False else leaf for leaf in leaves]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@compiled(static=2, donate=(4,))
 def _step(
-    how: Estimator, layout: Layout | None, inputs: Inputs, sums: Sums, batch: tuple[PyTree, jax.Array]
+    loss_fn: LossFn,
+    how: Estimator,
+    layout: Layout | None,
+    inputs: Inputs,
+    sums: Sums,
+    batch: tuple[PyTree, jax.Array],
 ) -> tuple[Sums, OfRows]:
     """(sums with those of (rows, ids) added, what the batch says of its rows)."""
     if layout is not None and how.by_example:
         specs = _specs(layout, sums)
         lie = [*layout.specs, _ON_EVERY_DEVICE]
-        sums, of_rows = layout.per_shard(how.of_batch, inputs, lie, sums, specs, batch)
+        of_batch = functools.partial(how.of_batch, loss_fn)
+        sums, of_rows = layout.per_shard(of_batch, inputs, lie, sums, specs, batch)
     else:
-        found, of_rows = how.of_batch(inputs, batch)
+        found, of_rows = how.of_batch(loss_fn, inputs, batch)
         sums = trees.add(sums, found) if how.by_example else add_batch(sums, found, how.batch_size)
     if layout is not None:
         if not how.by_example:
@@ -50,29 +58,30 @@ def _step(
     return sums, of_rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish(how: Estimator, layout: Layout | None, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
+@compiled(static=2)
+def _finish(loss_fn: LossFn, how: Estimator, layout: Layout | None, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
     """(the coherence, the sums over all devices)."""
+    del loss_fn
     if layout is not None and how.by_example:
         sums = layout.total(sums, _specs(layout, sums))
     return how.finish(sums, skipped), sums
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@compiled(static=2, donate=(4,))
 def _deviation_step(
-    how: Estimator, layout: Layout | None, inputs: PyTree, total: jax.Array, batch: PyTree
+    loss_fn: LossFn, how: Estimator, layout: Layout | None, inputs: PyTree, total: jax.Array, batch: PyTree
 ) -> jax.Array:
     """The total with the squared deviations of a batch added; one row for each device."""
     if layout is None:
-        return total + deviations(how, inputs, batch)[0]
+        return total + deviations(how, loss_fn, inputs, batch)[0]
     specs = [*layout.specs, *layout.kept, _ON_EVERY_DEVICE, _ON_EVERY_DEVICE]
-    return layout.per_shard(functools.partial(deviations, how), inputs, specs, total, [None], batch)[0]
+    return layout.per_shard(functools.partial(deviations, how, loss_fn), inputs, specs, total, [None], batch)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _zeros(how: Estimator, layout: Layout | None, inputs: Inputs, rows: PyTree) -> Sums:
+@compiled(static=2, taker="measure_coherence")
+def _zeros(loss_fn: LossFn, how: Estimator, layout: Layout | None, inputs: Inputs, rows: PyTree) -> Sums:
     """The sums of no examples."""
-    shapes = how.shapes(inputs, rows)
+    shapes = how.shapes(loss_fn, inputs, rows)
     if layout is None:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return layout.zeros(shapes, _specs(layout, shapes), by_shard=how.by_example)
@@ -105,6 +114,7 @@ def _raise_nonfinite(bad: np.ndarray, batch: Batch, how: Estimator, layout: Layo
 class Run(NamedTuple):
     """One measurement."""
 
+    programs: Programs  # of the loss
     how: Estimator
     layout: Layout | None
     inputs: Inputs
@@ -114,7 +124,7 @@ class Run(NamedTuple):
     def call(self, program: Callable[..., Any], *arguments: Any) -> Any:
         """One of the programs above, on the mesh; not so what is read from data, which may be the user's own code."""
         with self.layout.active() if self.layout else contextlib.nullcontext():
-            return program(self.how, self.layout, *arguments)
+            return program(self.programs, self.how, self.layout, *arguments)
 
     def add_all(self, batches: Batches, bar: Any) -> tuple[Sums, int, list[tuple[Any, Any]]]:
         """(the sums of all batches, examples left out, (ids, squared norms) of each batch)."""
@@ -150,7 +160,7 @@ class Run(NamedTuple):
 
     def settle(self, sums: Any, batch: Batch, of_rows: OfRows) -> tuple[Sums, int]:
         """(sums, examples skipped), once a batch that was left out for its flags is dealt with."""
-        skipped, bad = 0, np.asarray(of_rows.bad)
+        skipped, bad = 0, jax.device_get(of_rows.bad)
         while (bad >= 0).any():
             if self.nonfinite == "raise":
                 _raise_nonfinite(bad, batch, self.how, self.layout)
@@ -158,14 +168,14 @@ class Run(NamedTuple):
             if self.how.name != "exact":  # only whole batches are told apart
                 break
             sums, of_rows = self.call(_step, self.inputs, sums, (batch.rows, of_rows.again))
-            bad = np.asarray(of_rows.bad)
+            bad = jax.device_get(of_rows.bad)
         return sums, skipped
 
     def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:
         """The infinitesimal jackknife's standard error of α, by one more pass."""
         mean_grad = jax.tree.map(lambda s: s / sums.moments.count, sums.moments.sum_grads)
         mean_sq_norm = trees.total(sums.moments.sum_sq_norms) / sums.moments.count
-        inputs = (self.inputs.params, mean_grad, found.alpha, mean_sq_norm)
+        inputs = (self.inputs.params, self.inputs.state, mean_grad, found.alpha, mean_sq_norm)
         total = _zero(self.layout, found.alpha.dtype)
         for batch, (ids, sq_norms) in zip(batches.batches, by_batch, strict=True):
             total = self.call(_deviation_step, inputs, total, (batch.rows, ids, sq_norms))
