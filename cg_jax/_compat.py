@@ -311,6 +311,11 @@ def dtypes_in(jaxpr: Any) -> set[Any]:
     return found
 
 
+def cache_size(jitted: Any) -> int:
+    """How many compiled programs a jitted function holds."""
+    return jitted._cache_size()
+
+
 def is_tracer(value: Any) -> bool:
     """Whether `value` stands for an array inside a traced function."""
     return isinstance(value, Tracer)

@@ -5,8 +5,10 @@ programs are kept in a table by the identity of the loss, to which table and pro
 equality is asked for.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import types
 import warnings
 import weakref
@@ -20,6 +22,8 @@ from cg_jax import _compat
 
 # Losses of the same code, compiled for the same shapes, after which a fresh one each time is the likely reason.
 _MANY = 8
+# Items of a list that a loss captured which are looked at.
+_FEW = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,9 +84,9 @@ class Compiled:
 
     def __call__(self, programs: Programs, *arguments: Any) -> Any:
         program = self._program(programs, arguments)
-        before = program._cache_size()
+        before = _compat.cache_size(program)
         out = program(*arguments[self.static :])
-        self.size += max(0, program._cache_size() - before)
+        self.size += max(0, _compat.cache_size(program) - before)
         return out
 
     def lower(self, programs: Programs, *arguments: Any) -> Any:
@@ -103,8 +107,9 @@ class Compiled:
                 return body(recall(), *static, *arrays)
 
             run.__name__ = run.__qualname__ = body.__name__
+            is_new = all(compiled is not self for compiled, _ in programs.compiled)
             programs.compiled[key] = jax.jit(run, donate_argnums=tuple(i - self.static - 1 for i in self.donate))
-            if self.taker:
+            if self.taker and is_new:
                 _count(self.taker, programs.loss_fn, arrays)
         return programs.compiled[key]
 
@@ -114,7 +119,7 @@ def compiled(static: int, donate: tuple[int, ...] = (), taker: str = "") -> Call
     return lambda body: Compiled(body, static, donate, taker)
 
 
-# Code of a loss → (public function, shapes) → how many losses of that code it compiled for those shapes.
+# Code of a loss → (public function, what it captured, shapes) → how many losses of it were compiled.
 _COUNTS: weakref.WeakKeyDictionary[types.CodeType, dict[Any, int]] = weakref.WeakKeyDictionary()
 
 
@@ -124,25 +129,48 @@ def _count(taker: str, loss_fn: Callable[..., Any], arrays: Any) -> None:
     if code is None or any(map(_compat.is_tracer, leaves)):
         return
     counts = _COUNTS.setdefault(code, {})
-    key = (taker, tuple((np.shape(leaf), str(jax.numpy.result_type(leaf))) for leaf in leaves))
+    shapes = tuple((np.shape(leaf), str(jax.numpy.result_type(leaf))) for leaf in leaves)
+    key = (taker, _kind(loss_fn), shapes)
     counts[key] = counts.get(key, 0) + 1
     if counts[key] == _MANY:
         warnings.warn(
             f"Expected the same loss_fn object at every call, got {_MANY} of the same code and shapes, each of which "
-            f"{taker} compiled anew: {code.co_qualname}, {code.co_filename}:{code.co_firstlineno}; define loss_fn once, "
-            "and pass what changes between calls in params, batch or state.",
+            f"{taker} compiled anew: {code.co_qualname}, {code.co_filename}:{code.co_firstlineno}; define loss_fn "
+            "once, and pass what changes between calls in params, batch or state.",
             stacklevel=2,
         )
 
 
-def _code(loss_fn: Any) -> types.CodeType | None:
-    """The code that a loss runs, whatever it is wrapped in; None where that cannot be told."""
-    for _ in range(8):
+def _unwrapped(loss_fn: Any) -> Any:
+    """What a loss calls, whatever it is wrapped in."""
+    for _ in range(_MANY):
         wrapped = (getattr(loss_fn, name, None) for name in ("__func__", "__wrapped__"))
-        inner = loss_fn.func if isinstance(loss_fn, functools.partial) else next(filter(None, wrapped), None)
+        inner = loss_fn.func if isinstance(loss_fn, functools.partial) else next(filter(callable, wrapped), None)
         if inner is None:
             break
         loss_fn = inner
-    if not isinstance(loss_fn, types.FunctionType):
-        loss_fn = type(loss_fn).__call__
-    return loss_fn.__code__ if isinstance(loss_fn, types.FunctionType) else None
+    return loss_fn if isinstance(loss_fn, types.FunctionType) else type(loss_fn).__call__
+
+
+def _code(loss_fn: Any) -> types.CodeType | None:
+    """The code of a loss, or None where it has none that can be told."""
+    return getattr(_unwrapped(loss_fn), "__code__", None)
+
+
+def _kind(value: Any, depth: int = 4) -> Any:
+    """What tells losses of one code apart that are meant to be several: functions, names and types that they captured.
+
+    Not arrays and numbers: those are data, which a loss should be given.
+    """
+    if isinstance(value, str | bool) or depth == 0:
+        return value if isinstance(value, str | bool) else None
+    if isinstance(value, list | tuple | dict):
+        items = value.items() if isinstance(value, dict) else value
+        return tuple(_kind(item, depth - 1) for item in itertools.islice(items, _FEW))
+    if not callable(value):
+        return type(value).__qualname__
+    captured = value.args if isinstance(value, functools.partial) else ()
+    for cell in getattr(_unwrapped(value), "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            captured += (cell.cell_contents,)
+    return (type(value).__qualname__, hash(_code(value)), *(_kind(each, depth - 1) for each in captured))

@@ -105,6 +105,11 @@ def _no_spread(like: jax.Array) -> Spread:
     return Spread(jnp.zeros((), jnp.int32), jnp.zeros_like(like), jnp.zeros_like(like))
 
 
+def _finite(*values: PyTree) -> jax.Array:
+    """Whether all values are finite; their sum may not be."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(values)]).all()
+
+
 def _exact_sums(
     how: Estimator, loss_fn: LossFn, inputs: Inputs, rows: PyTree, ids: jax.Array
 ) -> tuple[Sums, jax.Array, jax.Array]:
@@ -144,7 +149,7 @@ def _signs_sums(
     norms = jax.tree.map(lambda q, r: (q + r) / 2, *squares)
     moments = GradMoments(mask.sum().astype(jnp.int32), losses.sum(), total, norms)
     spread = Spread(mask.any().astype(jnp.int32), one + other, ((one - other) / 2) ** 2)
-    bad = ~jnp.isfinite(losses.sum() + one + other + trees.total(trees.sq_norms(total)))
+    bad = ~_finite(losses, one, other, total)
     return Sums(moments, spread, None), jnp.broadcast_to(bad, ids.shape), jnp.full(ids.shape, jnp.nan, one.dtype)
 
 
@@ -193,7 +198,7 @@ def _batch_sums(
     norms, k = trees.sq_norms(grads), ids.shape[0]
     loss = loss.astype(trees.accumulator_dtype(loss.dtype))
     moments = GradMoments(jnp.int32(k), k * loss, jax.tree.map(lambda g: k * g, grads), norms)
-    bad = jnp.broadcast_to(~jnp.isfinite(trees.total(norms) + loss), ids.shape)
+    bad = jnp.broadcast_to(~_finite(loss, trees.total(norms)), ids.shape)
     return Sums(moments, _no_spread(loss), None), bad, jnp.full(ids.shape, jnp.nan, loss.dtype)
 
 

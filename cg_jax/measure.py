@@ -121,7 +121,7 @@ def measure_coherence(
         estimator: "exact"; or one that needs no per-example gradients, for losses that the engine is not for:
             "signs", Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1, one term for each batch on each device, the mean of
             two draws: three ordinary backward passes. Its sums over a batch are in the dtype of the model: for float16
-            take "exact".
+            and narrower ones take "exact".
             "batch", from mean gradients of disjoint batches of k = batch_size, for losses that see the whole batch
             (BatchNorm in training): α = c α_W / (1 − α_W (1 − c)), c = (m − k)/(k (m − 1)), with α_W that of the mean
             gradients. Batches must be random: shuffle data that comes in order of class. Those that are not whole are
@@ -135,14 +135,15 @@ def measure_coherence(
             far pairs of batches are apart (NaN below 4 batches), too large where norms differ much between examples.
             Both are rough where they follow from few batches. NaN too where squares of squared norms leave the range of
             the dtype.
-        nonfinite: What a loss or gradient that is not finite does. "raise": FloatingPointError with how many and the
+        nonfinite: What a loss or gradient that is not finite does, or one whose squared norm is not (a norm above
+            1.8e19 in float32). "raise": FloatingPointError with how many and the
             first index. "skip": the example is left out and counted in num_skipped ("signs", "batch": its whole
             batch). "propagate": the result is NaN.
         seed: Of the random signs, ≥ 0.
         progress: Draw a bar (needs tqdm).
 
     Returns:
-        A `Coherence`; its scalars are arrays on the device.
+        A `Coherence`; its scalars are arrays on the device. A UserWarning, and NaN, where all gradients are zero.
 
     Raises:
         ValueError: batch_size < 1, unknown method, estimator or nonfinite, empty data, leading axes that disagree, a
@@ -193,10 +194,12 @@ def _layout(mesh: Mesh, data_axis: str | None, params: PyTree, state: PyTree) ->
 
 
 def _warn_of_zeros(found: Coherence, sums: Sums) -> None:
-    if found.count > 0 and not any(float(square) for square in jax.tree.leaves(sums.moments.sum_sq_norms)):
+    squares = jax.tree.leaves(sums.moments.sum_sq_norms)
+    count, mean, *squares = jax.device_get((found.count, found.mean_grad_norm, *squares))
+    if count > 0 and not any((mean, *squares)):  # random signs may cancel
         warnings.warn(
-            f"All {int(found.count)} gradients are zero, or so small that their squares are, so that the coherence is "
-            "NaN; measure a loss that is differentiable (cross-entropy, not accuracy), in float64 if need be.",
+            f"Expected some gradient other than zero, got {count} that are zero or so small that their squares are, so "
+            "that the coherence is NaN; measure a loss that can be differentiated (cross-entropy, not accuracy).",
             stacklevel=3,
         )
 

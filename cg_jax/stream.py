@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from cg_jax import trees
-from cg_jax._compiled import Compiled, Programs, compiled
+from cg_jax._compiled import Programs, compiled
 from cg_jax._loss import LossFn
 from cg_jax.batches import Batch, Batches
 from cg_jax.estimators import Estimator, Inputs, OfRows, Sums, add_batch, deviations
@@ -58,9 +58,10 @@ def _step(
     return sums, of_rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish(how: Estimator, layout: Layout | None, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
+@compiled(static=2)
+def _finish(loss_fn: LossFn, how: Estimator, layout: Layout | None, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
     """(the coherence, the sums over all devices)."""
+    del loss_fn
     if layout is not None and how.by_example:
         sums = layout.total(sums, _specs(layout, sums))
     return how.finish(sums, skipped), sums
@@ -122,9 +123,8 @@ class Run(NamedTuple):
 
     def call(self, program: Callable[..., Any], *arguments: Any) -> Any:
         """One of the programs above, on the mesh; not so what is read from data, which may be the user's own code."""
-        of_loss = (self.programs,) if isinstance(program, Compiled) else ()
         with self.layout.active() if self.layout else contextlib.nullcontext():
-            return program(*of_loss, self.how, self.layout, *arguments)
+            return program(self.programs, self.how, self.layout, *arguments)
 
     def add_all(self, batches: Batches, bar: Any) -> tuple[Sums, int, list[tuple[Any, Any]]]:
         """(the sums of all batches, examples left out, (ids, squared norms) of each batch)."""
@@ -160,7 +160,7 @@ class Run(NamedTuple):
 
     def settle(self, sums: Any, batch: Batch, of_rows: OfRows) -> tuple[Sums, int]:
         """(sums, examples skipped), once a batch that was left out for its flags is dealt with."""
-        skipped, bad = 0, np.asarray(of_rows.bad)
+        skipped, bad = 0, jax.device_get(of_rows.bad)
         while (bad >= 0).any():
             if self.nonfinite == "raise":
                 _raise_nonfinite(bad, batch, self.how, self.layout)
@@ -168,7 +168,7 @@ class Run(NamedTuple):
             if self.how.name != "exact":  # only whole batches are told apart
                 break
             sums, of_rows = self.call(_step, self.inputs, sums, (batch.rows, of_rows.again))
-            bad = np.asarray(of_rows.bad)
+            bad = jax.device_get(of_rows.bad)
         return sums, skipped
 
     def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:

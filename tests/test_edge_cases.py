@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import cg_jax as cg
 
@@ -197,10 +198,49 @@ def test_grad_moments_propagates_what_is_not_finite():
     assert np.isnan(moments.sum_sq_norms)
 
 
-def test_all_gradients_zero_is_nan():
-    result = cg.measure_coherence(lambda w, x: 0.0 * w * x, 1.0, BATCH, batch_size=2)
-    assert np.isnan(result.alpha)
-    assert np.isnan(result.m_coherence)
+def accuracy(w, e):
+    x, y = e
+    return (jnp.sign(w @ x) == y).astype(jnp.float32) + 0.0 * w.sum()
+
+
+ALL_ZERO = r"Expected some gradient other than zero, got 3 that are zero or so small .*; measure a loss that can be"
+
+
+@pytest.mark.parametrize("more", [{"confidence": True}, {"estimator": "signs"}, {"method": "vmap"}])
+def test_all_gradients_zero_is_nan_and_warned_of(more):
+    data = (np.ones((3, 2), np.float32), np.ones(3, np.float32))
+    for mesh in (None, jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
+        with pytest.warns(UserWarning, match=ALL_ZERO):
+            result = cg.measure_coherence(accuracy, jnp.ones(2), data, batch_size=2, mesh=mesh, **more)
+        assert np.isnan(result.alpha)
+        assert np.isnan(result.m_coherence)
+        assert float(result.loss) == 1
+
+
+def test_all_gradients_zero_of_batches():
+    with pytest.warns(UserWarning, match=r"Expected some gradient other than zero, got 2 that are zero"):
+        cg.measure_coherence(lambda w, x: (0.0 * w * x).mean(), 1.0, BATCH, batch_size=2, estimator="batch")
+
+
+def test_squares_below_the_range_are_warned_of():
+    with pytest.warns(UserWarning, match=ALL_ZERO):
+        assert np.isnan(cg.measure_coherence(lambda w, x: 1e-30 * w * x, 1.0, BATCH, batch_size=2).alpha)
+
+
+def test_other_reasons_for_nan_are_not_warned_of():
+    """Nothing was measured, or is finite; or random signs cancel."""
+    nan = jnp.full(3, jnp.nan)
+    assert np.isnan(cg.measure_coherence(loss_fn, 0.0, nan, batch_size=2, nonfinite="skip").alpha)
+    assert np.isnan(cg.measure_coherence(loss_fn, 0.0, nan, batch_size=2, nonfinite="propagate").alpha)
+    for seed in range(12):
+        cg.measure_coherence(lone, 1.0, jnp.ones(2), batch_size=2, estimator="signs", seed=seed)
+    assert np.isfinite(
+        cg.measure_coherence(lambda p, x: p["a"] * x + 0 * p["b"], {"a": 1.0, "b": 1.0}, BATCH, batch_size=2).alpha
+    )
+
+
+def lone(w, x):
+    return w * x
 
 
 def test_a_masked_row_under_a_norm_spoils_nothing():

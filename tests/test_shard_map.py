@@ -182,3 +182,66 @@ def test_a_measurement_of_all_devices_is_one_psum_of_the_moments():
     f = cg.grad_moments(case.loss_fn)
     got = _on_devices(lambda p, b: jax.lax.psum(f(p, b), "data"), "checked", params, batch)[0]
     _close(got, f(params, jax.tree.map(lambda leaf: leaf[: N * EACH], batch)))
+
+
+def _scanned(loss_fn, axis_name=None):
+    """A device's own moments, added up example by example from `GradMoments.zeros`."""
+
+    def total(params, batch):
+        def step(total, example):
+            rows = jax.tree.map(lambda leaf: leaf[None], example)
+            return cg.merge(total, cg.grad_moments(loss_fn)(params, rows)), None
+
+        return jax.lax.scan(step, cg.GradMoments.zeros(params, axis_name=axis_name), batch)[0]
+
+    return total
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_zeros_are_the_carry_of_a_scan(how):
+    case = cases.CASES["mlp"]
+    params, batch = case.cast(jnp.float32)
+    for i, got in enumerate(_on_devices(_scanned(case.loss_fn), how, params, batch)):
+        _close(got, cg.grad_moments(case.loss_fn)(params, _part(batch, i)))
+    _close(_scanned(case.loss_fn)(params, batch), cg.grad_moments(case.loss_fn)(params, batch))
+
+
+def test_zeros_of_a_mesh_with_two_axes():
+    """By default they vary over both; of the data axis alone, the total is the same along the other."""
+    mesh = jax.make_mesh((2, 2), ("data", "other"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    loss = lambda w, x: (w @ x) ** 2  # noqa: E731
+    w, x = jnp.arange(3.0), np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    want = cg.grad_moments(loss)(w, x)
+
+    def total(w, x):
+        return jax.lax.psum(_scanned(loss, "data")(w, x), "data")
+
+    _close(jax.jit(jax.shard_map(total, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(w, x), want)
+
+    def each(w, x):
+        return jax.tree.map(lambda leaf: leaf[None], _scanned(loss)(w, x))
+
+    over = jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(("data", "other")))
+    _close(jax.tree.map(lambda leaf: leaf[::2].sum(0), jax.jit(over)(w, x)), want)
+
+
+def test_zeros_of_parameters_divided_over_devices_vary_as_they_do():
+    loss = lambda w, x: jax.lax.psum(w @ x, "data") ** 2  # noqa: E731
+
+    def total(w, x):
+        found = _scanned(loss, ())(w, x)
+        return found._replace(sum_sq_norms=found.sum_sq_norms[None])
+
+    w, x = jnp.arange(4.0), np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    out = cg.GradMoments(P(), P(), P("data"), P("data"))
+    over = jax.shard_map(total, mesh=_mesh(), in_specs=(P("data"), P(None, "data")), out_specs=out)
+    got, want = jax.jit(over)(w, x), cg.grad_moments(lambda w, x: (w @ x) ** 2)(w, x)
+    _close(got.sum_grads, want.sum_grads)
+    _close(got.sum_sq_norms.sum(), want.sum_sq_norms)
+
+
+def test_zeros_of_shapes_alone():
+    shapes = {"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16), "b": jax.ShapeDtypeStruct((), jnp.int32)}
+    zeros = cg.GradMoments.zeros(shapes)
+    assert zeros.sum_grads["b"] is None is zeros.sum_sq_norms["b"]
+    assert (zeros.sum_grads["a"].shape, zeros.sum_grads["a"].dtype) == ((2,), jnp.float32)

@@ -1,0 +1,73 @@
+"""Every function that takes a loss, by every way through it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cg_jax as cg
+from cg_jax import per_example, statistics, stream
+
+W = jnp.arange(1.0, 5.0)
+X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+MASK = np.array([True, False, True, True, True, True, False, True])
+
+
+def loss_fn(w, x):
+    return jnp.tanh(w @ x) ** 2
+
+
+def of_batch(loss):
+    """The mean loss of a batch, by a function that holds `loss`."""
+    return lambda w, batch, *more: jax.vmap(lambda x: loss(w, x, *more))(batch).mean()
+
+
+@functools.cache
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+
+def explicit(f):
+    """f(params, batch) on a mesh with Explicit axes."""
+    kind = mesh(AxisType.Explicit)
+    with jax.set_mesh(kind):
+        return f(jax.device_put(W, NamedSharding(kind, P())), jax.device_put(X, NamedSharding(kind, P("data"))))
+
+
+def in_shard_map(f):
+    """f(params, rows) of each device's own rows."""
+    return jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data")))(W, X)
+
+
+def same(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def programs():
+    """How many programs of a loss were compiled so far."""
+    compiled = (statistics._moments, statistics._sq_norms, per_example._grads, per_example._alignments)
+    return sum(each._cache_size() for each in (*compiled, stream._step, stream._zeros, stream._deviation_step))
+
+
+# (loss, options of the call); "batch" takes a mean loss.
+TAKERS = {
+    "grad_moments": lambda f, **k: cg.grad_moments(f)(W, X, **k),
+    "grad_moments, vmap": lambda f, **k: cg.grad_moments(f, method="vmap")(W, X, **k),
+    "grad_moments, mask": lambda f, **k: cg.grad_moments(f)(W, X, MASK, **k),
+    "per_example_sq_norms": lambda f, **k: cg.per_example_sq_norms(f)(W, X, **k),
+    "per_example_grads": lambda f, **k: cg.per_example_grads(f)(W, X, **k),
+    "alignments": lambda f, **k: cg.alignments(f)(W, X, W, **k),
+    "confidence": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=4, confidence=True, **k),
+    "signs": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=4, estimator="signs", **k),
+    "batch": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=2, estimator="batch", **k),
+    "mesh": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=8, mesh=mesh(), confidence=True, **k),
+    "explain": lambda f, **k: cg.explain(f, W, X[0], **k),
+}
+
+
+def suited(loss, name):
+    """A loss of one example, as the taker of that name wants it."""
+    return of_batch(loss) if name == "batch" else loss
