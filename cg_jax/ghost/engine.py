@@ -44,26 +44,6 @@ def statistics(
 
     Exact, in one backward pass. Norms and sums are in the accumulator dtype; integer leaves are None.
     """
-    if not has_aux:
-        return *_statistics(loss_fn, params, batch, weights, max_bytes), None
-    found = _statistics(without_aux(loss_fn), params, batch, weights, max_bytes)
-    return *found, jax.vmap(lambda example: jax.tree.map(jnp.asarray, loss_fn(params, example)[1]))(batch)
-
-
-def without_aux(loss_fn: LossFn) -> LossFn:
-    """loss_fn, of which (loss, aux) is the loss alone."""
-
-    def loss(params: PyTree, example: PyTree) -> jax.Array:
-        out = loss_fn(params, example)
-        _validate.pair(out)
-        return out[0]
-
-    return loss
-
-
-def _statistics(
-    loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None, max_bytes: int | None
-) -> tuple[jax.Array, PyTree, PyTree]:
     kept, rest = trees.partition(params)
     kept = jax.tree.map(jnp.asarray, kept)
     _validate.something_to_differentiate(kept)
