@@ -2,7 +2,6 @@
 left.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,10 @@ from cg_jax import _compat, _validate, trees
 from cg_jax.ghost import capture, instances, plan, scalars, views
 from cg_jax.ghost.backward import Traces, backward
 from cg_jax.ghost.capture import Program, Site, Use, evaluate, read_all
+from cg_jax.ghost.chunks import accumulate, in_chunks, of_each
 from cg_jax.ghost.plan import RulePlan, Yield
 from cg_jax.ghost.product import Product
+from cg_jax.ghost.products import instantiated, sum_of_products, without_gradients
 from cg_jax.per_example import LossFn, checked_loss, example_of
 
 PyTree = Any
@@ -61,7 +62,7 @@ def statistics(
             gradient, operands = instances.by_sites(program, env, group), [traces[use.key] for use, _ in group.uses]
         if keep is not None and (nonlinear or group.whole_loss):
             gradient, operands = _left_out(gradient), (operands, keep)
-        yields = _accumulate(gradient, operands, group.chunk)
+        yields = accumulate(of_each(gradient), operands, group.chunk)
         made.update(zip(group.parameters, zip(*yields, strict=True), strict=True))
     for i, leaf in enumerate(leaves):
         dtype = trees.accumulator_dtype(leaf.dtype)
@@ -98,7 +99,8 @@ def _by_rule(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
     operands, (cotangent,) = traces[tensor.use.key]
     dtype = trees.accumulator_dtype(tensor.view.aval.dtype)
     if not isinstance(rule, Product):
-        sq_norms = _in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
+        norms = jax.vmap(lambda row: rule.sq_norm(*row))
+        sq_norms = in_chunks(norms, (operands, cotangent.astype(dtype)), tensor.chunk)
         if sq_norms.ndim != 1:
             raise ValueError(
                 f"Expected the rule of {site.eqn.primitive.name} to give one number for each example, its ‖g‖², got an "
@@ -129,73 +131,6 @@ def _env_of(use: Use, env: dict[Any, Any]) -> dict[Any, Any]:
     return local
 
 
-def _dot(product: Product, dtype: Any, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, precision=product.precision, preferred_element_type=dtype)
-
-
-def instantiated(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int) -> Yield:
-    """(‖AᵀB‖² [B], Σ AᵀB as the view's gradient), both from the same arrays."""
-    dot = functools.partial(_dot, product, dtype)
-    flip = plan.is_faster_flipped(product)
-    order = "pd" if flip else "dp"
-
-    def gradient(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
-        a, b = product.factors(*operands)
-        # One product is not a batch of one: XLA does it faster.
-        return dot(f"td,tp->{order}", a[0], b[0])[None] if a.shape[0] == 1 else dot(f"ntd,ntp->n{order}", a, b)
-
-    sq_norms, total = _accumulate(gradient, (x, cotangent), chunk)
-    return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
-
-
-def without_gradients(
-    product: Product, form: str, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int
-) -> jax.Array:
-    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position."""
-    dot = functools.partial(_dot, product, dtype)
-
-    def sq_norm(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        a, b = product.factors(*row)
-        if form == "closed":
-            return (_last_axis_sq_norms(a) * _last_axis_sq_norms(b)).sum()
-        return _gram(dot, a, b)
-
-    return _in_chunks(sq_norm, (x, cotangent), chunk)
-
-
-def _gram(dot: Callable[..., jax.Array], a: jax.Array, b: jax.Array) -> jax.Array:
-    """⟨AAᵀ, BBᵀ⟩ of factors [N, T, D] and [N, T, P], as AᵀB = A′ᵀB′ + T ā b̄ᵀ with A′ = A − ā, B′ = B − b̄.
-
-    Rounding is relative to the factors, not to the product. Where positions are nearly alike and their cotangents
-    cancel, as for the difference of two views of one input, no digit would be right; of centred factors they are.
-    Narrow factors are not centred, which would round them again.
-    """
-    if a.dtype != trees.accumulator_dtype(a.dtype) or b.dtype != trees.accumulator_dtype(b.dtype):
-        return jnp.maximum((dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum(), 0)
-    positions, mean_a, mean_b = a.shape[1], a.mean(1, keepdims=True), b.mean(1, keepdims=True)
-    a, b = a - mean_a, b - mean_b
-    squares = (dot("ntd,nsd->nts", a, a) * dot("ntp,nsp->nts", b, b)).sum()
-    mixed = (dot("ntd,nsd->nts", a, mean_a) * dot("ntp,nsp->nts", b, mean_b)).sum()
-    means = (_last_axis_sq_norms(mean_a) * _last_axis_sq_norms(mean_b)).sum()
-    return jnp.maximum(squares + 2 * positions * mixed + positions**2 * means, 0)
-
-
-def sum_of_products(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
-    """Σ AᵀB over the batch, as the view's gradient."""
-    a, b = jax.vmap(product.factors)(x, cotangent)
-    return product.to_view(_dot(product, dtype, "bntd,bntp->ndp", a, b))
-
-
-def _in_chunks(f: Callable[[Any], jax.Array], rows: PyTree, chunk: int) -> jax.Array:
-    """`f` of every row, `chunk` of them at once."""
-    size = jax.tree.leaves(rows)[0].shape[0]
-    return jax.vmap(f)(rows) if chunk >= size else jax.lax.map(f, rows, batch_size=chunk)
-
-
-def _last_axis_sq_norms(x: jax.Array) -> jax.Array:
-    return jnp.square(x.astype(trees.accumulator_dtype(x.dtype))).sum(-1)
-
-
 def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangent: jax.Array, dtype: Any) -> jax.Array:
     """Σ over the batch of the gradients of a site's one view, as an ordinary backward pass forms it, in `dtype`."""
     (position,) = site.views
@@ -214,35 +149,3 @@ def _sum_by_vjp(site: Site, env: dict[Any, Any], seen: list[jax.Array], cotangen
 
     _, pull = jax.vjp(outputs, widen(env[site.eqn.invars[position]]))
     return pull(widen(cotangent))[0]
-
-
-def _accumulate(gradient: Callable[[Any], PyTree], operands: PyTree, chunk: int) -> tuple[PyTree, PyTree]:
-    """(‖gᵢ‖² [B], Σ gᵢ) of gᵢ = gradient(operands[i]), leaf by leaf, with `chunk` of the gᵢ in existence at once."""
-    size = jax.tree.leaves(operands)[0].shape[0]
-
-    def of_rows(rows: PyTree) -> tuple[PyTree, PyTree]:
-        grads = jax.vmap(gradient)(rows)
-        return trees.row_sq_norms(grads), trees.row_sums(grads)
-
-    if chunk >= size:
-        return of_rows(operands)
-    steps = size // chunk
-    head = jax.tree.map(lambda leaf: leaf[: steps * chunk].reshape(steps, chunk, *leaf.shape[1:]), operands)
-    tail = jax.tree.map(lambda leaf: leaf[steps * chunk :], operands)
-
-    def step(total: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
-        if chunk == 1:  # one plain product, not a batch of one
-            grad = gradient(jax.tree.map(lambda leaf: leaf[0], rows))
-            return trees.add(total, grad), jax.tree.map(lambda q: q[None], trees.sq_norms(grad))
-        sq_norms, sums = of_rows(rows)
-        return trees.add(total, sums), sq_norms
-
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda leaf: leaf[0], operands))
-    zeros = jax.tree.map(_compat.zeros, shapes)
-    total, sq_norms = jax.lax.scan(step, zeros, head)
-    sq_norms = jax.tree.map(lambda leaf: leaf.reshape(-1), sq_norms)
-    if size > steps * chunk:
-        more_norms, more = of_rows(tail)
-        sq_norms = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), sq_norms, more_norms)
-        total = trees.add(total, more)
-    return sq_norms, total

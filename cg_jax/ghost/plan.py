@@ -1,15 +1,4 @@
-"""Which way each parameter tensor goes: a rule for its one use, or its gradient example by example; and in what chunks.
-
-The choice is by operations and bytes, measured in benchmarks/crossover.py and told in docs/engine.md:
-
-- T = 1: ‖a‖² ‖b‖², nothing is built.
-- Instantiating G = AᵀB takes T D P multiplications, as the sum alone does, and the sum comes from the same arrays;
-  but D P numbers per example are written and read. Gram takes the sum, and T² (D + P) multiplications more. So the
-  known limit by operations, T < D P / (D + P), which pays for the sum apart, is not the right one: Gram wins by what
-  it does not write, and such a number was measured to be worth about 20 multiplications: T² (D + P) ≤ 20 D P. It is 4
-  where A holds patches, which Gram must keep. On an accelerator the known limit by memory, 2 T² ≤ D P, stands until it
-  is measured.
-"""
+"""Which way each parameter tensor goes: by a rule for its one use, or by its gradients, example by example."""
 
 import dataclasses
 import math
@@ -21,6 +10,8 @@ import jax.numpy as jnp
 from cg_jax import _compat, trees
 from cg_jax.ghost.capture import Program, Use, leading_to, uses_of
 from cg_jax.ghost.product import Product, lift
+from cg_jax.ghost.products import product_bytes as product_bytes
+from cg_jax.ghost.products import product_chunk, product_form
 from cg_jax.ghost.rules import Norm, rule_for
 from cg_jax.ghost.views import isometric_view, undo_view
 
@@ -32,11 +23,6 @@ _MAX_BYTES = {"cpu": 2**26}
 _MAX_BYTES_ACCELERATOR = 2**28
 # Entry by entry: their own vjp costs what their cotangent does, so it is their rule.
 _ELEMENTWISE = frozenset({"add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2"})
-# Multiplications that a number of G is worth, on a CPU.
-_PER_NUMBER = 20
-_PER_NUMBER_OF_PATCHES = 4
-# On a CPU, what fits the cache is several times faster than what does not.
-_CACHE_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,39 +208,3 @@ def norm_bytes(use: Use) -> int:
 
 def _norm_chunk(use: Use, limit: int) -> int:
     return max(1, limit // max(1, 2 * norm_bytes(use)))
-
-
-def product_form(product: Product) -> str:
-    """How ‖Aᵀ B‖² is done: "closed" (T = 1), "gram", or "instantiate", which yields the sum of Aᵀ B as well."""
-    _, t, d, p = product.dims
-    if t == 1:
-        return "closed"
-    if _compat.backend() == "cpu":
-        worth = _PER_NUMBER if product.rearranges else _PER_NUMBER_OF_PATCHES
-        return "gram" if t * t * (d + p) <= worth * d * p else "instantiate"
-    return "gram" if 2 * t * t <= d * p else "instantiate"
-
-
-def is_faster_flipped(product: Product) -> bool:
-    """Whether BᵀA is faster than AᵀB; measured on XLA:CPU, where a wide B wants to stand first."""
-    _, _, d, p = product.dims
-    return _compat.backend() == "cpu" and 64 <= p < d
-
-
-def product_bytes(product: Product, form: str, itemsize: int) -> int:
-    """Bytes of what is built for one example: G or the two T × T arrays, and the patches of a convolution."""
-    n, t, d, p = product.dims
-    patches = 0 if product.rearranges else n * t * d
-    built = {"closed": 0, "gram": 2 * n * t * t, "instantiate": n * d * p}[form]
-    return (built + patches) * itemsize
-
-
-def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int:
-    """How many examples' arrays are built at once."""
-    size = max(1, product_bytes(product, form, itemsize))
-    chunk = max(1, limit // size)
-    if form == "instantiate" and _compat.backend() == "cpu":
-        if product.rearranges:
-            return min(chunk, max(1, _CACHE_BYTES // size))
-        return min(chunk, 8 if 8 * size <= 4 * _CACHE_BYTES else 4)
-    return chunk

@@ -1,0 +1,146 @@
+"""Norms and sums of the gradients AᵀB of a batch, and which way they are formed.
+
+The choice is by operations and bytes, measured in benchmarks/crossover.py and told in docs/engine.md:
+
+- T = 1: ‖a‖² ‖b‖², nothing is built.
+- Instantiating G = AᵀB takes T D P multiplications, as the sum alone does, and the sum comes from the same arrays;
+  but D P numbers per example are written and read. Gram takes the sum, and T² (D + P) multiplications more. So the
+  known limit by operations, T < D P / (D + P), which pays for the sum apart, is not the right one: Gram wins by what
+  it does not write, and such a number was measured to be worth about 20 multiplications: T² (D + P) ≤ 20 D P. It is 4
+  where A holds patches, which Gram must keep. On an accelerator the known limit by memory, 2 T² ≤ D P, stands until it
+  is measured.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cg_jax import _compat, trees
+from cg_jax.ghost.chunks import accumulate, in_chunks
+from cg_jax.ghost.product import Product
+
+# Multiplications that a number of G is worth, on a CPU.
+_PER_NUMBER = 20
+_PER_NUMBER_OF_PATCHES = 4
+# On a CPU, what fits the cache is several times faster than what does not.
+_CACHE_BYTES = 2**20
+
+
+def product_form(product: Product) -> str:
+    """How ‖Aᵀ B‖² is done: "closed" (T = 1), "gram", or "instantiate", which yields the sum of Aᵀ B as well."""
+    _, t, d, p = product.dims
+    if t == 1:
+        return "closed"
+    if _compat.backend() == "cpu":
+        worth = _PER_NUMBER if product.rearranges else _PER_NUMBER_OF_PATCHES
+        return "gram" if t * t * (d + p) <= worth * d * p else "instantiate"
+    return "gram" if 2 * t * t <= d * p else "instantiate"
+
+
+def is_faster_flipped(product: Product) -> bool:
+    """Whether BᵀA is faster than AᵀB; measured on XLA:CPU, where a wide B wants to stand first."""
+    _, _, d, p = product.dims
+    return _compat.backend() == "cpu" and 64 <= p < d
+
+
+def product_bytes(product: Product, form: str, itemsize: int) -> int:
+    """Bytes of what is built for one example: G or the two T × T arrays, and the patches of a convolution."""
+    n, t, d, p = product.dims
+    patches = 0 if product.rearranges else n * t * d
+    built = {"closed": 0, "gram": 2 * n * t * t, "instantiate": n * d * p}[form]
+    return (built + patches) * itemsize
+
+
+def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int:
+    """How many examples' arrays are built at once."""
+    size = max(1, product_bytes(product, form, itemsize))
+    chunk = max(1, limit // size)
+    if form == "instantiate" and _compat.backend() == "cpu":
+        if product.rearranges:
+            return min(chunk, max(1, _CACHE_BYTES // size))
+        return min(chunk, 8 if 8 * size <= 4 * _CACHE_BYTES else 4)
+    return chunk
+
+
+def instantiated(
+    product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """(‖AᵀB‖² [B], Σ AᵀB as the view's gradient), both from the same arrays."""
+    n, _, d, p = product.dims
+    flip = is_faster_flipped(product)
+    order, shape = ("pd", (p, d)) if flip else ("dp", (d, p))
+
+    def gradients(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        a, b, letters = _factors(product, *rows)
+        a, b = (each.reshape(-1, *each.shape[2:]) for each in (a, b))
+        if a.shape[0] == 1:  # one product is not a batch of one: XLA does it faster
+            g = _dot(product, dtype, f"{letters},tp->{order}", a[0], b[0])
+        else:
+            g = _dot(product, dtype, f"n{letters},ntp->n{order}", a, b)
+        return g.reshape(-1, n, *shape)
+
+    if x.shape[0] * n * d * p == 0:
+        return jnp.zeros(x.shape[0], dtype), product.to_view(jnp.zeros((n, d, p), dtype))
+    sq_norms, total = accumulate(gradients, (x, cotangent), chunk)
+    return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
+
+
+def without_gradients(
+    product: Product, form: str, x: jax.Array, cotangent: jax.Array, dtype: Any, chunk: int
+) -> jax.Array:
+    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position."""
+
+    def sq_norms(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        a, b, letters = _factors(product, *rows)
+        if form == "closed":
+            return (_sq_norms(a, 2 + letters.index("d")) * _sq_norms(b, 3)).sum((1, 2))
+        return _gram(product, dtype, a, b, letters)
+
+    return in_chunks(sq_norms, (x, cotangent), chunk)
+
+
+def sum_of_products(product: Product, x: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
+    """Σ AᵀB over the batch, as the view's gradient."""
+    a, b, letters = _factors(product, x, cotangent)
+    return product.to_view(_dot(product, dtype, f"bn{letters},bntp->ndp", a, b))
+
+
+def _factors(product: Product, x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, str]:
+    """(A, B [B, N, T, P], the letters of the last two axes of A) of a batch."""
+    if product.of_batch is None:
+        return *jax.vmap(product.factors)(x, cotangent), "td"
+    return *product.of_batch(x, cotangent), "dt"
+
+
+def _dot(product: Product, dtype: Any, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, precision=product.precision, preferred_element_type=dtype)
+
+
+def _gram(product: Product, dtype: Any, a: jax.Array, b: jax.Array, letters: str) -> jax.Array:
+    """⟨AAᵀ, BBᵀ⟩ [B] of factors [B, N, T, D] and [B, N, T, P], as AᵀB = A′ᵀB′ + T ā b̄ᵀ with A′ = A − ā, B′ = B − b̄.
+
+    Rounding is relative to the factors, not to the product. Where positions are nearly alike and their cotangents
+    cancel, as for the difference of two views of one input, no digit would be right; of centred factors they are.
+    Narrow factors are not centred, which would round them again.
+    """
+    other = letters.replace("t", "s")
+    at = 2 + letters.index("t")
+
+    def of_inner(a: jax.Array, c: jax.Array, b: jax.Array, d: jax.Array) -> jax.Array:
+        inner_a = _dot(product, dtype, f"bn{letters},bn{other}->bnts", a, c)
+        return (inner_a * _dot(product, dtype, "bntp,bnsp->bnts", b, d)).sum((1, 2, 3))
+
+    if a.dtype != trees.accumulator_dtype(a.dtype) or b.dtype != trees.accumulator_dtype(b.dtype):
+        return jnp.maximum(of_inner(a, a, b, b), 0)
+    positions = max(1, b.shape[2])  # of none, the mean is zero
+    mean_a, mean_b = a.sum(at, keepdims=True) / positions, b.sum(2, keepdims=True) / positions
+    a, b = a - mean_a, b - mean_b
+    mixed = of_inner(a, mean_a, b, mean_b)
+    means = (_sq_norms(mean_a, 2 + letters.index("d")) * _sq_norms(mean_b, 3)).sum((1, 2))
+    return jnp.maximum(of_inner(a, a, b, b) + 2 * positions * mixed + positions**2 * means, 0)
+
+
+def _sq_norms(x: jax.Array, axis: int) -> jax.Array:
+    """Squared norms along one axis, in the accumulator dtype."""
+    return jnp.square(x.astype(trees.accumulator_dtype(x.dtype))).sum(axis)
