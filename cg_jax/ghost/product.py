@@ -10,12 +10,16 @@ is the gradient of the view, rearranged; a convolution is such a product over th
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Factors = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+# Of a complex view R + i J.
+Part = Literal["real", "imag"]
 
 
 class Product(NamedTuple):
@@ -61,6 +65,33 @@ def dot_general(eqn: Any, view: int) -> Product:
         return spread.transpose(*(order.index(axis) for axis in range(len(order))))
 
     return Product(factors, to_view, (n, t, d, p), eqn.params["precision"])
+
+
+def part_of_cotangent(cotangent: jax.Array, part: Part) -> jax.Array:
+    """The cotangent of R or of J, real arrays, from that of R + i J; JAX's are without a conjugate."""
+    return cotangent.real if part == "real" else -cotangent.imag
+
+
+def part_of(product: Product, part: Part) -> Product:
+    """The product, of real factors, whose gradient is that of R or of J in a complex view R + i J.
+
+    The gradient of the view is H = AᵀB, without a conjugate, that of R is Re H, that of J is −Im H. Both are products
+    of twice the positions: Re H = [Re A; Im A]ᵀ [Re B; −Im B] and −Im H = [Re A; Im A]ᵀ [−Im B; −Re B].
+    """
+    n, t, d, p = product.dims
+
+    def both(a: jax.Array, b: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        halves = (b.real, -b.imag) if part == "real" else (-b.imag, -b.real)
+        return jnp.concatenate([a.real, a.imag], axis), jnp.concatenate(halves, -2)
+
+    def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return both(*product.factors(x, cotangent), -2)
+
+    def of_batch(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert product.of_batch is not None
+        return both(*product.of_batch(x, cotangent), -1)
+
+    return product._replace(factors=factors, dims=(n, 2 * t, d, p), of_batch=of_batch if product.of_batch else None)
 
 
 def lift(product: Product, length: int, is_slice: bool) -> Product:
