@@ -1,0 +1,167 @@
+"""Rules for products, convolutions and look-ups, against float64 gradients."""
+
+import functools
+
+import cases_products as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import cg_jax as cg
+from cg_jax.ghost import product, products, tables
+from cg_jax.ghost.rules import rule_for
+
+
+@pytest.mark.parametrize("table", [cases.EMPTY, cases.CONVOLUTIONS, cases.LOOKUPS], ids=["empty", "conv", "lookup"])
+def test_norms_and_sums_are_those_of_per_example_gradients(table):
+    with jax.enable_x64(True):
+        loss_fn, params, batch = cases.together(table)
+        want = cg.per_example_grads(loss_fn)(params, batch)
+        for max_bytes in (None, 1):
+            got = cg.grad_moments(loss_fn, max_bytes=max_bytes)(params, batch)
+            for name, g in want.items():
+                scale = 1e-11 * (1 + np.abs(g).max(initial=0))
+                np.testing.assert_allclose(got.sum_grads[name], g.sum(0), rtol=1e-9, atol=scale, err_msg=name)
+                np.testing.assert_allclose(got.sum_sq_norms[name], np.square(g).sum(), rtol=1e-9, err_msg=name)
+
+
+def test_tables_are_done_by_rules():
+    for table, rules in [(cases.CONVOLUTIONS, {"instantiate", "gram", "closed"}), (cases.LOOKUPS, {"norm"})]:
+        loss_fn, params, batch = cases.together(table)
+        rows = cg.explain(loss_fn, params, jax.tree.map(lambda leaf: leaf[0], batch))
+        assert {row.path: row.rule for row in rows if row.rule not in rules} == {}
+
+
+def test_of_no_positions_the_norm_is_zero():
+    norms = cg.per_example_sq_norms(lambda w, x: ((x @ w).sum(0) + 1).sum())
+    assert norms(jnp.ones((5, 3)), np.zeros((2, 0, 5), np.float32)).tolist() == [0, 0]
+
+
+def _equations(jaxpr):
+    inner = [leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
+    return len(jaxpr.eqns) + sum(_equations(getattr(each, "jaxpr", each)) for each in inner)
+
+
+def _is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [
+        (cases.convolution((3, 3, 2, 4), (9, 9, 2)), cases.convolution((9, 9, 2, 4), (40, 40, 2))),
+        (cases.convolution((2, 2, 2, 4), (8, 8, 2), (2, 2)), cases.convolution((16, 16, 2, 4), (64, 64, 2), (16, 16))),
+        (cases.convolution((3, 1, 4), (40, 1)), cases.convolution((400, 1, 4), (900, 1))),
+        (cases.convolution((2, 2, 2, 1, 4), (9, 9, 9, 1)), cases.convolution((3, 7, 7, 1, 4), (9, 20, 20, 1))),
+    ],
+)
+def test_the_program_does_not_grow_with_the_window(few, many):
+    def equations(use):
+        jaxpr = jax.make_jaxpr(lambda w, x: cg.grad_moments(use.loss_fn)(w, x))(use.param, use.batch)
+        return _equations(jaxpr.jaxpr)
+
+    assert equations(many) == equations(few) < 150
+
+
+def _equation(function, *avals):
+    (eqn,) = [eqn for eqn in jax.make_jaxpr(function)(*avals).jaxpr.eqns if eqn.primitive.name in _LINEAR]
+    return eqn
+
+
+_LINEAR = ("dot_general", "conv_general_dilated", "gather", "dynamic_slice")
+
+
+def _many(x, w):
+    return lax.dot_general(x, w, (((0,), (0,)), ((1,), (2,))))
+
+
+_COMPLEX = {
+    "one position": (lambda x, w: x @ w, (5,), (5, 3), 1),
+    "positions": (lambda x, w: x @ w, (4, 5), (5, 3), 1),
+    "on the left": (lambda w, x: w @ x, (3, 5), (5, 4), 0),
+    "many products": (_many, (4, 6), (4, 5, 6), 1),
+    "convolution": (lambda x, w: lax.conv(x, w, (1, 2), "SAME"), (1, 2, 6, 6), (3, 2, 3, 3), 1),
+    "look-up": (lambda w, x: w[jnp.int32(10 * x.real)], (10, 3), (7,), 0),
+}
+
+
+@pytest.mark.parametrize("name", _COMPLEX)
+def test_real_parts_of_complex_views(name):
+    function, *shapes, view = _COMPLEX[name]
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        left, right = (rng.uniform(size=(3, *s)) + 1j * rng.uniform(size=(3, *s)) for s in shapes)
+        eqn = _equation(function, left[0], right[0])
+        w, x = (left[0], right) if view == 0 else (right[0], left)
+        cotangent = np.exp(1j * rng.normal(size=(3, *eqn.outvars[0].aval.shape)))
+
+        def gradients(x, cotangent):
+            def outputs(real, imag):
+                return function(*((lax.complex(real, imag), x) if view == 0 else (x, lax.complex(real, imag))))
+
+            return jax.vjp(outputs, w.real, w.imag)[1](cotangent)
+
+        assert rule_for(eqn, view) is None
+        for part, want in zip(("real", "imag"), jax.jit(jax.vmap(gradients))(x, cotangent), strict=True):
+            norms, sums = jax.jit(functools.partial(_by_rule, rule_for(eqn, view, part)))(x, cotangent)
+            for norm in norms:
+                np.testing.assert_allclose(norm, np.square(want).reshape(3, -1).sum(1), rtol=1e-9)
+            for total in sums:
+                np.testing.assert_allclose(total, want.sum(0), rtol=1e-9, atol=1e-11)
+
+
+def _by_rule(rule, x, cotangent):
+    """Norms and sums, in all ways that there are."""
+    if not isinstance(rule, product.Product):
+        return [jax.vmap(lambda i, c: rule.sq_norm([i], c))(jnp.int32(10 * x.real)[..., None], cotangent)], []
+    norms, total = products.instantiated(rule, x, cotangent, jnp.float64, 2)
+    gram = products.without_gradients(rule, "gram", x, cotangent, jnp.float64, 2)
+    return [norms, gram], [total, products.sum_of_products(rule, x, cotangent, jnp.float64)]
+
+
+@pytest.mark.parametrize(("chunk", "channels", "features"), [(1, 2, 3), (2, 2, 3), (3, 20, 70), (7, 20, 70)])
+def test_results_do_not_depend_on_the_chunk(chunk, channels, features):
+    def convolve(x, w):
+        return lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, w = rng.normal(size=(5, 1, 4, 4, channels)), rng.normal(size=(2, 2, channels, features))
+        eqn = _equation(convolve, x[0], w)
+        rule = rule_for(eqn, 1)
+        cotangent = rng.normal(size=(5, *eqn.outvars[0].aval.shape))
+        want = np.stack([jax.vjp(lambda w, x=x: convolve(x, w), w)[1](c)[0] for x, c in zip(x, cotangent, strict=True)])
+        assert products.is_faster_flipped(rule) == (features == 70)
+        norms, total = products.instantiated(rule, x, cotangent, jnp.float64, chunk)
+        np.testing.assert_allclose(norms, np.square(want).sum((1, 2, 3, 4)), rtol=1e-10)
+        np.testing.assert_allclose(total, want.sum(0), rtol=1e-10, atol=1e-12)
+        gram = products.without_gradients(rule, "gram", x, cotangent, jnp.float64, chunk)
+        np.testing.assert_allclose(gram, norms, rtol=1e-10)
+
+
+@pytest.mark.parametrize("count", [1, 2, 100, 700])
+def test_equal_rows_add_up_before_they_are_squared(count):
+    rng = np.random.default_rng(count)
+    ids, values = rng.integers(0, 50, count), rng.normal(size=(count, 3)).astype(np.float32)
+    want = np.zeros((50, 3))
+    np.add.at(want, ids, values)
+    np.testing.assert_allclose(tables.sq_norm_of_rows(jnp.asarray(ids), values), np.square(want).sum(), rtol=1e-5)
+    twice = tables.sq_norm_of_rows(jnp.tile(ids, 2), np.concatenate([values, -values]))
+    assert float(twice) < 1e-9
+
+
+def test_a_look_up_in_a_scan_adds_up_over_the_steps():
+    eqn = _equation(lambda w, i: lax.dynamic_slice_in_dim(w, i, 1), jnp.ones((6, 2)), jnp.int32(0))
+    assert tables.lift_norm(rule_for(eqn, 0), is_slice=False) is None
+    rng = np.random.default_rng(0)
+    places, cotangent = jnp.asarray(rng.integers(0, 6, (4, 3, 1))), rng.normal(size=(4, 3, 2))
+    numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
+    eqn = _equation(lambda w, i: lax.gather(w, i, numbers, (1, 2)), jnp.ones((6, 2)), places[0])
+    each = np.stack([np.asarray(jnp.zeros((6, 2)).at[i[:, 0]].add(c)) for i, c in zip(places, cotangent, strict=True)])
+    rule = rule_for(eqn, 0)
+    norm = tables.lift_norm(rule, is_slice=False).sq_norm([places], jnp.asarray(cotangent))
+    np.testing.assert_allclose(norm, np.square(each.sum(0)).sum(), rtol=1e-5)
+    apart = tables.lift_norm(rule, is_slice=True).sq_norm([places], jnp.asarray(cotangent))
+    np.testing.assert_allclose(apart, np.square(each).sum(), rtol=1e-5)
