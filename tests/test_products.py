@@ -121,21 +121,30 @@ def _by_rule(rule, x, cotangent):
     return [norms, gram], [total, products.sum_of_products(rule, x, cotangent, jnp.float64)]
 
 
-@pytest.mark.parametrize(("chunk", "channels", "features"), [(1, 2, 3), (2, 2, 3), (3, 20, 70), (7, 20, 70)])
-def test_results_do_not_depend_on_the_chunk(chunk, channels, features):
-    def convolve(x, w):
-        return lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def _convolve(x, w):
+    return lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
+
+@pytest.mark.parametrize(
+    ("chunk", "function", "image", "kernel"),
+    [
+        (1, _convolve, (1, 4, 4, 2), (2, 2, 2, 3)),
+        (2, _convolve, (1, 4, 4, 20), (2, 2, 20, 70)),
+        (3, jnp.dot, (7, 80), (80, 70)),
+        (7, jnp.dot, (7, 80), (80, 70)),
+    ],
+)
+def test_results_do_not_depend_on_the_chunk(chunk, function, image, kernel):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        x, w = rng.normal(size=(5, 1, 4, 4, channels)), rng.normal(size=(2, 2, channels, features))
-        eqn = _equation(convolve, x[0], w)
+        x, w = rng.normal(size=(5, *image)), rng.normal(size=kernel)
+        eqn = _equation(function, x[0], w)
         rule = rule_for(eqn, 1)
         cotangent = rng.normal(size=(5, *eqn.outvars[0].aval.shape))
-        want = np.stack([jax.vjp(lambda w, x=x: convolve(x, w), w)[1](c)[0] for x, c in zip(x, cotangent, strict=True)])
-        assert products.is_faster_flipped(rule) == (features == 70)
+        want = np.stack([jax.vjp(lambda w, x=x: function(x, w), w)[1](c)[0] for x, c in zip(x, cotangent, strict=True)])
+        assert products.is_faster_flipped(rule) == (function is jnp.dot)
         norms, total = products.instantiated(rule, x, cotangent, jnp.float64, chunk)
-        np.testing.assert_allclose(norms, np.square(want).sum((1, 2, 3, 4)), rtol=1e-10)
+        np.testing.assert_allclose(norms, np.square(want).reshape(5, -1).sum(1), rtol=1e-10)
         np.testing.assert_allclose(total, want.sum(0), rtol=1e-10, atol=1e-12)
         gram = products.without_gradients(rule, "gram", x, cotangent, jnp.float64, chunk)
         np.testing.assert_allclose(gram, norms, rtol=1e-10)

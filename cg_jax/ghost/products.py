@@ -39,9 +39,9 @@ def product_form(product: Product) -> str:
 
 
 def is_faster_flipped(product: Product) -> bool:
-    """Whether BᵀA is faster than AᵀB; measured on XLA:CPU, where a wide B wants to stand first."""
+    """Whether BᵀA is faster than AᵀB; measured on XLA:CPU, where a wide B wants to stand first, unless Aᵀ is given."""
     _, _, d, p = product.dims
-    return _compat.backend() == "cpu" and 64 <= p < d
+    return _compat.backend() == "cpu" and product.of_batch is None and 64 <= p < d
 
 
 def product_bytes(product: Product, form: str, itemsize: int) -> int:
