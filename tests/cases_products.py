@@ -156,3 +156,14 @@ LOOKUPS = {
     "more ids than are compared in pairs": lookup(lambda w, i: w[i], (40, 2), ids(0, 40, 600)),
     "unique": lookup(lambda w, i: w.at[i].get(unique_indices=True), (9, 2), ids(0, 3, 1) + 2 * np.arange(4)),
 }
+
+# A parameter among entries of the example: a class token, a learned first row.
+PLACED = {
+    "concatenated": Use(lambda w, x: _square(jnp.concatenate([w, x])), normal(1, 4), normal(B, 5, 4)),
+    "written": Use(lambda w, x: _square(lax.dynamic_update_slice(x, w, (1,))), normal(2), normal(B, 5)),
+    "written into": Use(lambda w, x: _square(lax.dynamic_update_slice(w, x, (1,))), normal(7), normal(B, 5)),
+    "set": Use(lambda w, x: _square(x.at[jnp.array([0, 2])].set(w)), normal(2), normal(B, 5)),
+    "added": Use(lambda w, x: _square(x.at[jnp.array([0, 2])].add(w)), normal(2), normal(B, 5)),
+    "a bound": Use(lambda w, x: _square(lax.clamp(w, x, jnp.full(5, 0.5))), normal(5) - 1, normal(B, 5)),
+    "modulo": Use(lambda w, x: _square(lax.rem(x, w)), normal(5), normal(B, 5)),
+}

@@ -13,11 +13,14 @@ import cg_jax as cg
 from cg_jax.ghost import product, products, tables
 from cg_jax.ghost.rules import rule_for
 
+TABLES = {"empty": cases.EMPTY, "conv": cases.CONVOLUTIONS, "lookup": cases.LOOKUPS, "placed": cases.PLACED}
+RULES = {"conv": {"instantiate", "gram", "closed"}, "lookup": {"norm"}, "placed": {"elementwise"}}
 
-@pytest.mark.parametrize("table", [cases.EMPTY, cases.CONVOLUTIONS, cases.LOOKUPS], ids=["empty", "conv", "lookup"])
+
+@pytest.mark.parametrize("table", TABLES)
 def test_norms_and_sums_are_those_of_per_example_gradients(table):
     with jax.enable_x64(True):
-        loss_fn, params, batch = cases.together(table)
+        loss_fn, params, batch = cases.together(TABLES[table])
         want = cg.per_example_grads(loss_fn)(params, batch)
         for max_bytes in (None, 1):
             got = cg.grad_moments(loss_fn, max_bytes=max_bytes)(params, batch)
@@ -27,11 +30,11 @@ def test_norms_and_sums_are_those_of_per_example_gradients(table):
                 np.testing.assert_allclose(got.sum_sq_norms[name], np.square(g).sum(), rtol=1e-9, err_msg=name)
 
 
-def test_tables_are_done_by_rules():
-    for table, rules in [(cases.CONVOLUTIONS, {"instantiate", "gram", "closed"}), (cases.LOOKUPS, {"norm"})]:
-        loss_fn, params, batch = cases.together(table)
-        rows = cg.explain(loss_fn, params, jax.tree.map(lambda leaf: leaf[0], batch))
-        assert {row.path: row.rule for row in rows if row.rule not in rules} == {}
+@pytest.mark.parametrize("table", RULES)
+def test_tables_are_done_by_rules(table):
+    loss_fn, params, batch = cases.together(TABLES[table])
+    rows = cg.explain(loss_fn, params, jax.tree.map(lambda leaf: leaf[0], batch))
+    assert {row.path: row.rule for row in rows if row.rule not in RULES[table]} == {}
 
 
 def test_of_no_positions_the_norm_is_zero():

@@ -21,8 +21,11 @@ Yield = tuple[jax.Array, jax.Array]
 # Bytes that the per-example arrays of one tensor may take at once, by default.
 _MAX_BYTES = {"cpu": 2**26}
 _MAX_BYTES_ACCELERATOR = 2**28
-# Entry by entry: their own vjp costs what their cotangent does, so it is their rule.
-_ELEMENTWISE = frozenset({"add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2"})
+# Entry by entry, or placed among other entries: their own vjp costs what their cotangent does, so it is their rule.
+_ELEMENTWISE = frozenset(
+    {"add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2", "rem", "clamp"}
+    | {"concatenate", "dynamic_update_slice", "scatter", "scatter-add"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
