@@ -18,7 +18,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from benchmarks.timing import alternate, machine
-from cg_jax.ghost import Product, engine, plan
+from cg_jax.ghost import Product, products
 
 SIZES = ((192, 192), (512, 512), (1024, 256), (2048, 512))
 POSITIONS = (2, 4, 8, 16, 32, 64, 128)
@@ -33,17 +33,17 @@ def _times(t: int, d: int, p: int, repeats: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=(BATCH, t, size)), jnp.float32) for size in (d, p))
     product = _product(t, d, p)
-    chunk = {form: plan.product_chunk(product, form, 4, 2**26) for form in ("gram", "instantiate")}
+    chunk = {form: products.product_chunk(product, form, 4, 2**26) for form in ("gram", "instantiate")}
 
     def gram(a: jax.Array, b: jax.Array) -> Any:
-        norms = engine.without_gradients(product, "gram", a, b, jnp.float32, chunk["gram"])
-        return norms, engine.sum_of_products(product, a, b, jnp.float32)
+        norms = products.without_gradients(product, "gram", a, b, jnp.float32, chunk["gram"])
+        return norms, products.sum_of_products(product, a, b, jnp.float32)
 
     def instantiate(a: jax.Array, b: jax.Array) -> Any:
-        return engine.instantiated(product, a, b, jnp.float32, chunk["instantiate"])
+        return products.instantiated(product, a, b, jnp.float32, chunk["instantiate"])
 
     def plain(a: jax.Array, b: jax.Array) -> Any:
-        return engine.sum_of_products(product, a, b, jnp.float32)
+        return products.sum_of_products(product, a, b, jnp.float32)
 
     sides = {"gram": gram, "instantiate": instantiate, "sum alone": plain}
     compiled = {name: jax.jit(side).lower(a, b).compile() for name, side in sides.items()}
@@ -60,7 +60,7 @@ def main(repeats: int = 15, out: Path | None = None) -> None:
             results.append({"d": d, "p": p, "t": t, **{f"{name} ms": ms for name, ms in times.items()}})
         rows = [row for row in results if (row["d"], row["p"]) == (d, p)]
         faster = [row["t"] for row in rows if row["gram ms"] < row["instantiate ms"]]
-        ours = max((t for t in POSITIONS if plan.product_form(_product(t, d, p)) == "gram"), default=0)
+        ours = max((t for t in POSITIONS if products.product_form(_product(t, d, p)) == "gram"), default=0)
         print(f"{d} × {p}: Gram is faster at T = {faster}; by operations T < {d * p // (d + p)}, by memory "
               f"T ≤ {int((d * p / 2) ** 0.5)}, the engine takes it up to T = {ours}")  # fmt: skip
         for row in rows:

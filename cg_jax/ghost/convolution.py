@@ -1,13 +1,38 @@
-"""Convolutions as products: A holds the patches of the input that the kernel sees, B the cotangents."""
+"""Convolutions as products: A holds the patches of the input that the kernel sees, B the cotangents.
+
+The program's size does not depend on the window's. Along an axis whose windows do not overlap (a stride as long as the
+kernel) patches are a reshape. Along the others a loop copies what one entry of the kernel sees, entry after entry, with
+positions innermost: long rows are copied fast, and the product takes Aᵀ as it stands.
+"""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from cg_jax import _compat
 from cg_jax.ghost.product import Product, sizes
+
+
+class _Axis(NamedTuple):
+    """The kernel along one spatial axis of the padded input."""
+
+    window: int
+    positions: int
+    stride: int
+    dilation: int
+
+    @property
+    def span(self) -> int:
+        return (self.window - 1) * self.dilation + 1
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether windows at different positions share no entry of the input."""
+        return self.span <= self.stride or self.positions <= 1
 
 
 def conv_general_dilated(eqn: Any, view: int) -> Product | None:
@@ -20,65 +45,71 @@ def conv_general_dilated(eqn: Any, view: int) -> Product | None:
     window, positions = sizes(kernel, numbers.rhs_spec[2:]), sizes(out, numbers.out_spec[2:])
     channels, features = kernel[numbers.rhs_spec[1]], kernel[numbers.rhs_spec[0]] // groups
     t, d = image[numbers.lhs_spec[0]] * math.prod(positions), math.prod(window) * channels
+    axes = [
+        _Axis(*each) for each in zip(window, positions, params["window_strides"], params["rhs_dilation"], strict=True)
+    ]
+    # The order of the window's axes in D: those that are looped over first.
+    order = sorted(range(len(axes)), key=lambda i: axes[i].is_apart)
+
+    def of_batch(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = x.shape[0]
+        x = x.transpose(0, *(1 + i for i in (numbers.lhs_spec[1], numbers.lhs_spec[0], *numbers.lhs_spec[2:])))
+        edges = zip(params["padding"], params["lhs_dilation"], strict=True)
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 3 + [(lo, hi, gap - 1) for (lo, hi), gap in edges])
+        a = _patches(x.reshape(size, groups, channels, *x.shape[2:]), axes).reshape(size, groups, d, t)
+        b = cotangent.transpose(0, *(1 + i for i in (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])))
+        return a, b.reshape(size, t, groups, features).transpose(0, 2, 1, 3)
 
     def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = x.transpose(numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-        edges = [
-            (0, 0, 0),
-            *((lo, hi, gap - 1) for (lo, hi), gap in zip(params["padding"], params["lhs_dilation"], strict=True)),
-            (0, 0, 0),
-        ]
-        x = lax.pad(x, jnp.zeros((), x.dtype), edges)
-        x = x.reshape(*x.shape[:-1], groups, channels)
-        if channels < 3:  # positions innermost: rows of one or two numbers are slow to copy
-            pieces = [_window(x, place, positions, params).reshape(t, groups, channels) for place in _places(window)]
-            a = jnp.stack([piece.transpose(1, 2, 0) for piece in pieces], axis=1)  # [G, K, C, T]
-            a = a.reshape(groups, d, t).transpose(0, 2, 1)
-        else:
-            a = _patches(x, window, positions, params).reshape(t, groups, d).transpose(1, 0, 2)
-        b = cotangent.transpose(numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-        return a, b.reshape(t, groups, features).transpose(1, 0, 2)
+        a, b = of_batch(x[None], cotangent[None])
+        return a[0].swapaxes(1, 2), b[0]
 
     def to_view(gradient: jax.Array) -> jax.Array:
-        spread = gradient.reshape(groups, *window, channels, features)
+        spread = gradient.reshape(groups, *(window[i] for i in order), channels, features)
         # → [G, P, C, *window], the first two together the kernel's output channels.
         rank = len(window)
-        spread = spread.transpose(0, rank + 2, rank + 1, *range(1, rank + 1))
+        spread = spread.transpose(0, rank + 2, rank + 1, *(1 + order.index(i) for i in range(rank)))
         spread = spread.reshape(groups * features, channels, *window)
         return spread.transpose(*(numbers.rhs_spec.index(axis) for axis in range(len(kernel))))
 
     # Only where they stand so are the axes of D in the order of the kernel's.
     in_order = groups == 1 and numbers.rhs_spec == (len(kernel) - 1, len(kernel) - 2, *range(len(window)))
-    sides = "D" * (len(kernel) - 1) + "P" if in_order else None
-    return Product(factors, to_view, (groups, t, d, features), params["precision"], rearranges=False, sides=sides)
+    sides = "D" * (len(kernel) - 1) + "P" if in_order and order == sorted(order) else None
+    product = Product(factors, to_view, (groups, t, d, features), params["precision"], False, of_batch)
+    return product._replace(sides=sides)
 
 
-def _places(window: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every position in the kernel window, in row-major order."""
-    places: list[tuple[int, ...]] = [()]
-    for size in window:
-        places = [(*place, i) for place in places for i in range(size)]
-    return places
+def _patches(x: jax.Array, axes: list[_Axis]) -> jax.Array:
+    """[B, G, *window, C, N, *positions] of padded inputs [B, G, C, N, *spatial]; looped axes of the window first."""
+    for i, axis in reversed(list(enumerate(axes))):
+        if axis.is_apart:  # [B, G, *windows, C, N, *spatial] → [B, G, window, *windows, C, N, *spatial]
+            at = x.ndim - len(axes) + i
+            x = jnp.moveaxis(_cut(x, axis, at), at + 1, 2)
+    looped = [i for i, axis in enumerate(axes) if not axis.is_apart]
+    if not looped:
+        return x
+    first, window = x.ndim - len(axes), tuple(axes[i].window for i in looped)
+    starts = np.zeros((math.prod(window), x.ndim), np.int32)
+    lengths, strides = list(x.shape), [1] * x.ndim
+    for i, places in zip(looped, np.unravel_index(np.arange(len(starts)), window), strict=True):
+        starts[:, first + i] = places * axes[i].dilation
+        lengths[first + i], strides[first + i] = (axes[i].positions - 1) * axes[i].stride + 1, axes[i].stride
+
+    def piece(place: Any) -> jax.Array:
+        seen = lax.dynamic_slice(x, list(jnp.asarray(starts)[place]), lengths)
+        return lax.slice(seen, [0] * x.ndim, lengths, strides)
+
+    def step(place: Any, pieces: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(pieces, piece(place)[:, :, None], place, 2)
+
+    like = jax.eval_shape(lambda: jnp.repeat(piece(0)[:, :, None], len(starts), axis=2))
+    return lax.fori_loop(0, len(starts), step, _compat.zeros(like))
 
 
-def _window(x: jax.Array, place: tuple[int, ...], positions: tuple[int, ...], params: Any) -> jax.Array:
-    """What the kernel's entry at `place` sees: a strided slice of the padded input [N, *spatial, G, C]."""
-    for axis, (start, size) in enumerate(zip(place, positions, strict=True)):
-        x = _along(x, axis, start, size, params)
-    return x
-
-
-def _along(x: jax.Array, axis: int, start: int, size: int, params: Any) -> jax.Array:
-    """The same along one of the spatial axes."""
-    first, step = start * params["rhs_dilation"][axis], params["window_strides"][axis]
-    return lax.slice_in_dim(x, first, first + (size - 1) * step + 1, step, axis + 1)
-
-
-def _patches(x: jax.Array, window: tuple[int, ...], positions: tuple[int, ...], params: Any) -> jax.Array:
-    """[N, *positions, G, K C] of a padded input [N, *spatial, G, C]."""
-    if x.shape[-1] < 64:
-        return jnp.concatenate([_window(x, place, positions, params) for place in _places(window)], axis=-1)
-    # Axis by axis copies more, but has fewer pieces to compile; long rows are copied fast.
-    for axis in reversed(range(len(window))):
-        x = jnp.concatenate([_along(x, axis, i, positions[axis], params) for i in range(window[axis])], axis=-1)
-    return x
+def _cut(x: jax.Array, axis: _Axis, at: int) -> jax.Array:
+    """Axis `at` of `x` as two, positions and window, for windows that do not overlap."""
+    step = axis.stride if axis.positions > 1 else axis.span
+    missing = axis.positions * step - x.shape[at]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == at else 0, 0) for i in range(x.ndim)])
+    x = x.reshape(*x.shape[:at], axis.positions, step, *x.shape[at + 1 :])
+    return lax.slice_in_dim(x, 0, axis.span, axis.dilation, at + 1)

@@ -13,19 +13,11 @@ from cg_jax._loss import LossFn, checked_pair, example_of
 from cg_jax.ghost import capture, cost, instances, scalars
 from cg_jax.ghost.backward import Pass, Traces, backward, located_errors
 from cg_jax.ghost.capture import Program, Use, evaluate, read_all
+from cg_jax.ghost.chunks import accumulate, accumulate_with, in_chunks, of_each
 from cg_jax.ghost.inline import InlinePlan
 from cg_jax.ghost.plan import RulePlan
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.products import (
-    Yield,
-    accumulate,
-    accumulate_with,
-    along,
-    in_chunks,
-    instantiated,
-    sum_of_products,
-    without_gradients,
-)
+from cg_jax.ghost.products import Yield, along, instantiated, sum_of_products, without_gradients
 from cg_jax.ghost.rules import Norm
 from cg_jax.ghost.uses import rearranged, to_parameter
 
@@ -74,7 +66,7 @@ def statistics(
             gradient, operands = instances.by_sites(program, env, group), [traces[use.key] for use, _ in group.uses]
         if weights is not None and (group.whole_loss or program.has_custom_vjp()):
             gradient, operands = _left_out(gradient), (operands, weights)
-        of_group = accumulate(gradient, operands, group.chunk)
+        of_group = accumulate(of_each(gradient), operands, group.chunk)
         yields.update(zip(group.parameters, zip(*of_group, strict=True), strict=True))
     size = losses.shape[0]
     for i, leaf in enumerate(leaves):
@@ -108,7 +100,7 @@ def _by_vmap(
         grad = trees.accumulate(grad)
         return grad if weight is None else _select(weight, grad), value
 
-    sq_norms, sums, (losses, aux) = accumulate_with(one, (batch, weights), chunk)
+    (sq_norms, (losses, aux)), sums = accumulate_with(jax.vmap(one), (batch, weights), chunk)
     return sq_norms, sums, losses, aux
 
 
@@ -152,7 +144,7 @@ def _of_tensor(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: 
 
     def exact() -> jax.Array:
         gradient = instances.by_sites(program, env, group)
-        return accumulate(gradient, [traces[use.key] for use, _ in group.uses], group.chunk)[0][0]
+        return accumulate(of_each(gradient), [traces[use.key] for use, _ in group.uses], group.chunk)[0][0]
 
     def inner(direction: jax.Array) -> jax.Array:
         if rule is None:
@@ -174,7 +166,8 @@ def _by_norm(program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Tr
     assert isinstance(rule, Norm)
     dtype = trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
     operands, (cotangent,) = traces[use.key]
-    sq_norms = in_chunks(lambda row: rule.sq_norm(*row), (operands, cotangent.astype(dtype)), tensor.chunk)
+    norms = jax.vmap(lambda row: rule.sq_norm(*row))
+    sq_norms = in_chunks(norms, (operands, cotangent.astype(dtype)), tensor.chunk)
     if sq_norms.ndim != 1:
         raise ValueError(
             f"Expected the rule of {use.site.eqn.primitive.name} to give one number for each example, its ‖g‖², got an "
@@ -233,22 +226,33 @@ def _sum_by_vjp(
     program: Program, env: dict[Any, Any], tensor: RulePlan, seen: list[jax.Array], cotangent: jax.Array
 ) -> jax.Array:
     """Σ over the batch of a tensor's gradients at its one use, as an ordinary backward pass forms it, accumulated."""
-    ((use, position),), (path,) = tensor.places, tensor.paths
-    site, local = use.site, _env_of(use, env)
-    dtype = trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
-    changed = {"preferred_element_type": None} if "preferred_element_type" in site.eqn.params else {}
+    (place,), (path,) = tensor.places, tensor.paths
+    (use, position), dtype = place, trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
+    # Of a scan, only what has no other static operand is done here.
+    local = _env_of(use, env) if path.length is None else {}
+    changed = {"preferred_element_type": None} if "preferred_element_type" in use.site.eqn.params else {}
+    view = use.site.eqn.invars[position].aval
 
     def widen(x: jax.Array) -> jax.Array:
         return x.astype(dtype) if trees.is_differentiable(x) else x
 
-    def outputs(view: jax.Array) -> jax.Array:
-        def one(example: list[jax.Array]) -> jax.Array:
-            values = instances.operands_of(site, local, example)
-            values[position] = view
-            return _compat.bind(site.eqn, values, **changed)[0]
+    def total(seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
+        def outputs(value: jax.Array) -> jax.Array:
+            def one(example: list[jax.Array]) -> jax.Array:
+                values = instances.operands_of(use.site, local, example)
+                values[position] = value
+                return _compat.bind(use.site.eqn, values, **changed)[0]
 
-        return jax.vmap(one)([widen(x) for x in seen])
+            return jax.vmap(one)([widen(x) for x in seen])
 
-    _, pull = jax.vjp(outputs, widen(local[site.eqn.invars[position]]))
-    total = pull(widen(cotangent))[0]
-    return to_parameter(program, tensor.places[0], path, tensor.parameter, env, total)
+        # All that has a rule is linear in the view.
+        return jax.linear_transpose(outputs, jax.ShapeDtypeStruct(view.shape, dtype))(widen(cotangent))[0]
+
+    if path.is_slice:
+        total = jax.vmap(total, in_axes=1)
+    elif path.length is not None:
+        seen, cotangent = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (seen, cotangent))
+    of_view = total(seen, cotangent)
+    if path.length is not None:
+        return rearranged(path.outer, of_view)
+    return to_parameter(program, place, path, tensor.parameter, env, of_view)

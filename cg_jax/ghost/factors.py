@@ -112,9 +112,8 @@ def to_product(
         scale = jax.ShapeDtypeStruct((n, d, p), scale.dtype)
     elif scale is not None:
         scale = scale.transpose(order).reshape(n, d, p)
-    return product._replace(
-        factors=factors, to_view=to_view, dims=(n, t, d, p), keeps_entries=False, sides=like.sides, scale=scale
-    )
+    of_parameter = product._replace(factors=factors, of_batch=None, to_view=to_view, dims=(n, t, d, p))
+    return of_parameter._replace(keeps_entries=False, sides=like.sides, scale=scale)
 
 
 def _signed(step: Step, factors: Factors) -> Factors:

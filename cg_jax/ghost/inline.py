@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from cg_jax import _compat, trees
 from cg_jax.ghost.capture import Program, Use
+from cg_jax.ghost.chunks import in_chunks
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.products import in_chunks, without_gradients
+from cg_jax.ghost.products import instantiated, without_gradients
 from cg_jax.ghost.rules import rule_for
 from cg_jax.ghost.uses import Path, Place, path_of, rearranged
 from cg_jax.ghost.views import is_isometric
@@ -44,13 +45,10 @@ class InlinePlan:
         if self.product is not None and self.form != "instantiate":
             return without_gradients(self.product, self.form, seen[0], cotangent, dtype, self.chunk).astype(dtype)
 
-        def gradient(row: tuple[list[jax.Array], jax.Array]) -> jax.Array:
-            if self.product is not None:
-                a, b = self.product.factors(row[0][0], row[1])
-                return jnp.einsum("ntd,ntp->ndp", a, b, precision=self.product.precision, preferred_element_type=dtype)
-            return self._gradient(*row)
-
-        return in_chunks(lambda row: trees.sq_norms(gradient(row)), (seen, cotangent), self.chunk)
+        if self.product is not None:
+            return instantiated(self.product, seen[0], cotangent, dtype, self.chunk)[0]
+        norms = jax.vmap(lambda row: trees.sq_norms(self._gradient(*row)))
+        return in_chunks(norms, (seen, cotangent), self.chunk)
 
     def _gradient(self, seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
         """One example's gradient of a slice, by the use's own vjp."""

@@ -1,15 +1,4 @@
-"""Which way each parameter tensor goes: a rule for its one use, or its gradient example by example; and in what chunks.
-
-The choice is by operations and bytes, measured in benchmarks/crossover.py and told in docs/engine.md:
-
-- T = 1: ‖a‖² ‖b‖², nothing is built.
-- Instantiating G = AᵀB takes T D P multiplications, as the sum alone does, and the sum comes from the same arrays;
-  but D P numbers per example are written and read. Gram takes the sum, and T² (D + P) multiplications more. So the
-  known limit by operations, T < D P / (D + P), which pays for the sum apart, is not the right one: Gram wins by what
-  it does not write, and such a number was measured to be worth about 20 multiplications: T² (D + P) ≤ 20 D P. It is 4
-  where A holds patches, which Gram must keep. On an accelerator the known limit by memory, 2 T² ≤ D P, stands until it
-  is measured.
-"""
+"""Which way each parameter tensor goes: by a rule for its uses, or by its gradients, example by example."""
 
 import dataclasses
 import functools
@@ -19,25 +8,24 @@ from typing import Any
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
-from cg_jax.ghost.capture import Program, Use, leading_to, uses_of
+from cg_jax.ghost.capture import Program, Use, is_var, leading_to, uses_of
 from cg_jax.ghost.inline import InlinePlan, inline_plan
 from cg_jax.ghost.product import Product
+from cg_jax.ghost.products import product_bytes as product_bytes
+from cg_jax.ghost.products import product_chunk, product_form
 from cg_jax.ghost.rules import Norm, rule_for
+from cg_jax.ghost.tables import lift_norm
 from cg_jax.ghost.uses import Path, Place, path_of, product_of, together
 from cg_jax.ghost.views import is_isometric, path_to
 
 # Bytes that the per-example arrays of one tensor may take at once, by default.
 _MAX_BYTES = {"cpu": 2**26}
 _MAX_BYTES_ACCELERATOR = 2**28
-# Entry by entry: their own vjp costs what their cotangent does, so it is their rule.
+# Entry by entry, or placed among other entries: their own vjp costs what their cotangent does, so it is their rule.
 _ELEMENTWISE = frozenset(
-    {"add", "add_any", "copy", "copy_p", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2"}
+    {"add", "add_any", "copy", "copy_p", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2", "rem", "clamp"}
+    | {"concatenate", "dynamic_update_slice", "scatter", "scatter-add"}
 )
-# Multiplications that a number of G is worth, on a CPU.
-_PER_NUMBER = 20
-_PER_NUMBER_OF_PATCHES = 4
-# On a CPU, what fits the cache is several times faster than what does not.
-_CACHE_BYTES = 2**20
 # A chunk that no batch passes.
 ANY_CHUNK = 4096
 
@@ -195,7 +183,7 @@ def _rule_plan(program: Program, parameter: int, places: list[Place], limit: int
     if len(places) == 1 and (reason := _without_rule(program, places[0], paths[0])) is not None:
         return reason
     itemsize = trees.accumulator_dtype(program.parameters[parameter].aval.dtype).itemsize
-    if len(places) == 1 and isinstance(rule := rule_for(places[0][0].site.eqn, places[0][1]), Norm):
+    if len(places) == 1 and (rule := _norm(places[0], paths[0])) is not None:
         return RulePlan(
             parameter, tuple(places), tuple(paths), rule, "norm", _norm_chunk(places[0][0], limit), itemsize
         )
@@ -223,9 +211,8 @@ def _without_rule(program: Program, place: Place, path: Path | None) -> str | No
     name = _name(place)
     if name == "scan":
         return "the scan is taken whole: a parameter is in its carry, or its body cannot be taken apart"
-    rule = rule_for(use.site.eqn, position)
-    if isinstance(rule, Norm) and (path is None or not path.is_isometric or path.inner or path.length is not None):
-        rule = None
+    rule = _norm(place, path) or rule_for(use.site.eqn, position)
+    rule = None if isinstance(rule, Norm) and _norm(place, path) is None else rule
     if rule is None and name in _ELEMENTWISE and _is_cheap(program, use, position):
         return ""
     if path is None:
@@ -234,6 +221,18 @@ def _without_rule(program: Program, place: Place, path: Path | None) -> str | No
         where = "in the body of a scan or checkpoint" if use.nested else "here"
         return f"no rule for {name} {where}: its own vjp"
     return None
+
+
+def _norm(place: Place, path: Path | None) -> Norm | None:
+    """The rule of a use that places or adds up cotangents, of all steps where it stands in a scan."""
+    use, position = place
+    rule = rule_for(use.site.eqn, position)
+    if not isinstance(rule, Norm) or path is None or not path.is_isometric or path.inner:
+        return None
+    if path.length is None:
+        return rule
+    others = [atom for i, atom in enumerate(use.site.eqn.invars) if i != position and i not in use.site.dynamic]
+    return None if any(map(is_var, others)) else lift_norm(rule, path.is_slice)
 
 
 def _name(place: Place) -> str:
@@ -291,35 +290,3 @@ def norm_bytes(use: Use) -> int:
 
 def _norm_chunk(use: Use, limit: int) -> int:
     return max(1, limit // max(1, 2 * norm_bytes(use)))
-
-
-def product_form(product: Product) -> str:
-    """How ‖Aᵀ B‖² is done: "closed" (T = 1), "gram", or "instantiate", which yields the sum of Aᵀ B as well."""
-    _, t, d, p = product.dims
-    if t == 1:
-        return "closed"
-    if product.scale is not None:
-        return "instantiate"
-    if _compat.backend() == "cpu":
-        worth = _PER_NUMBER if product.rearranges else _PER_NUMBER_OF_PATCHES
-        return "gram" if t * t * (d + p) <= worth * d * p else "instantiate"
-    return "gram" if 2 * t * t <= d * p else "instantiate"
-
-
-def product_bytes(product: Product, form: str, itemsize: int) -> int:
-    """Bytes of what is built for one example: G or the two T × T arrays, and the patches of a convolution."""
-    n, t, d, p = product.dims
-    patches = 0 if product.rearranges else n * t * d
-    built = {"closed": 0, "gram": 2 * n * t * t, "instantiate": n * d * p}[form]
-    return (built + patches) * itemsize
-
-
-def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int:
-    """How many examples' arrays are built at once."""
-    size = max(1, product_bytes(product, form, itemsize))
-    chunk = max(1, limit // size)
-    if form == "instantiate" and _compat.backend() == "cpu":
-        if product.rearranges:
-            return min(chunk, max(1, _CACHE_BYTES // size))
-        return min(chunk, 8 if 8 * size <= 4 * _CACHE_BYTES else 4)
-    return chunk

@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+Factors = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
 
 class Product(NamedTuple):
     """A use whose view's gradient is G[n] = A[n]ᵀ B[n], rearranged; for one example."""
 
-    factors: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (input, cotangent) → (A, B)
+    factors: Factors  # (input, cotangent) → (A, B)
     to_view: Callable[[jax.Array], jax.Array]  # G [N, D, P] → a gradient of the view's shape
     dims: tuple[int, int, int, int]  # N, T, D, P
     precision: Any = None  # of the products, as in jax.lax.dot_general
     rearranges: bool = True  # whether A only rearranges the input; patches are many times the input
+    of_batch: Factors | None = None  # the same for a batch, where that is faster than vmap; A then as Aᵀ [B, N, D, T]
     keeps_entries: bool = False  # whether A and B are the input and the cotangent, rearranged
     # For each axis of the view, whether it is one of N, D or P, in which they stand in the view's order; None: no such
     sides: str | None = None
-    scale: jax.Array | None = None  # [N, D, P], multiplies G entry by entry
+    scale: Any = None  # [N, D, P], multiplies G entry by entry
 
 
 def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
@@ -74,23 +77,29 @@ def dot_general(eqn: Any, view: int) -> Product:
 def lift(product: Product, length: int, is_slice: bool) -> Product:
     """The product of a use in the body of a scan: positions of all steps together; a slice has its own in each step."""
     n, t, d, p = product.dims
-
-    def join(factor: jax.Array) -> jax.Array:
-        if is_slice:
-            return factor.reshape(length * n, t, -1)
-        return jnp.moveaxis(factor, 0, 1).reshape(n, length * t, -1)
+    dims = (length * n, t, d, p) if is_slice else (n, length * t, d, p)
 
     def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         a, b = jax.vmap(product.factors)(x, cotangent)
-        return join(a), join(b)
+        if not is_slice:
+            a, b = jnp.moveaxis(a, 0, 1), jnp.moveaxis(b, 0, 1)
+        return a.reshape(*dims[:2], d), b.reshape(*dims[:2], p)
 
-    if not is_slice:
-        return product._replace(factors=factors, dims=(n, length * t, d, p))
+    def of_batch(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert product.of_batch is not None
+        size = x.shape[0]
+        a, b = product.of_batch(*(each.reshape(size * length, *each.shape[2:]) for each in (x, cotangent)))
+        a, b = a.reshape(size, length, n, d, t), b.reshape(size, length, n, t, p)
+        if not is_slice:
+            a, b = a.transpose(0, 2, 3, 1, 4), b.transpose(0, 2, 1, 3, 4)
+        return a.reshape(size, dims[0], d, dims[1]), b.reshape(size, *dims[:2], p)
 
     def to_view(gradient: jax.Array) -> jax.Array:
         return jax.vmap(product.to_view)(gradient.reshape(length, n, d, p))
 
-    return product._replace(factors=factors, to_view=to_view, dims=(length * n, t, d, p))
+    lifted = product._replace(factors=factors, dims=dims, of_batch=of_batch if product.of_batch else None)
+    lifted = lifted._replace(keeps_entries=product.keeps_entries and not is_slice)
+    return lifted._replace(to_view=to_view) if is_slice else lifted
 
 
 def joined_positions(products: Sequence[Product], flipped: Sequence[bool]) -> Product:
@@ -108,4 +117,5 @@ def joined_positions(products: Sequence[Product], flipped: Sequence[bool]) -> Pr
         return a, b
 
     n, _, d, p = first.dims
-    return first._replace(factors=factors, dims=(n, sum(product.dims[1] for product in products), d, p))
+    dims = (n, sum(product.dims[1] for product in products), d, p)
+    return first._replace(factors=factors, of_batch=None, keeps_entries=False, dims=dims)

@@ -5,64 +5,13 @@ places or adds up cotangents. What has no rule is done by the primitive's own vj
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from cg_jax.ghost.convolution import conv_general_dilated
 from cg_jax.ghost.product import Product, dot_general
-
-
-class Norm(NamedTuple):
-    """A use whose view's gradient places or adds up cotangents; for one example."""
-
-    sq_norm: Callable[[list[jax.Array], jax.Array], jax.Array]  # (dynamic operands, cotangent) → ‖g‖²
-
-
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(x))
-
-
-def dynamic_slice(eqn: Any, view: int) -> Norm | None:
-    """A slice at a place that the example names: the gradient is the cotangent, put there."""
-    return Norm(lambda operands, cotangent: _square(cotangent)) if view == 0 else None
-
-
-def gather(eqn: Any, view: int) -> Norm | None:
-    """Rows of a table (an embedding): cotangents of equal rows add up before they are squared."""
-    numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
-    whole_rows = (
-        view == 0
-        and numbers.start_index_map == (0,)
-        and numbers.collapsed_slice_dims == (0,)
-        and not numbers.operand_batching_dims
-        and tuple(eqn.params["slice_sizes"]) == (1, *table[1:])
-    )
-    if not whole_rows:
-        return None
-    clips = eqn.params["mode"] == lax.GatherScatterMode.CLIP
-    offset = numbers.offset_dims
-
-    def sq_norm(operands: list[jax.Array], cotangent: jax.Array) -> jax.Array:
-        rows = operands[0].reshape(-1)
-        if jnp.iinfo(rows.dtype).bits < 32:  # the table may be longer than they can count
-            rows = rows.astype(jnp.int32)
-        batch = [axis for axis in range(cotangent.ndim) if axis not in offset]
-        values = cotangent.transpose(*batch, *offset).reshape(rows.size, -1)
-        if clips:
-            rows = jnp.clip(rows, 0, table[0] - 1)
-        else:
-            inside = (rows >= 0) & (rows < table[0])
-            values = jnp.where(inside[:, None], values, 0)
-        order = jnp.argsort(rows)
-        rows, values = rows[order], values[order]
-        segment = jnp.cumsum(jnp.concatenate([jnp.zeros(1, jnp.int32), (rows[1:] != rows[:-1]).astype(jnp.int32)]))
-        return _square(jax.ops.segment_sum(values, segment, rows.size, indices_are_sorted=True))
-
-    return Norm(sq_norm)
-
+from cg_jax.ghost.tables import Norm, dynamic_slice, gather
 
 Rule = Product | Norm
 RuleBuilder = Callable[[Any, int], Rule | None]
@@ -72,6 +21,8 @@ RULES: dict[str, RuleBuilder] = {
     "dynamic_slice": dynamic_slice,
     "gather": gather,
 }
+# Those that hold for complex numbers too: JAX's cotangents are without a conjugate.
+_OF_COMPLEX = (dot_general, conv_general_dilated)
 
 
 def register_rule(primitive: str, rule: RuleBuilder) -> None:
@@ -121,7 +72,7 @@ def rule_for(eqn: Any, view: int) -> Rule | None:
     """The rule for a parameter at operand `view` of an equation, if there is one; of complex numbers, for products."""
     builder = RULES.get(eqn.primitive.name)
     is_complex = any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in (*eqn.invars, *eqn.outvars))
-    rule = None if builder is None or (is_complex and builder is not dot_general) else builder(eqn, view)
+    rule = None if builder is None or (is_complex and builder not in _OF_COMPLEX) else builder(eqn, view)
     if rule is not None and not isinstance(rule, Product | Norm):
         raise TypeError(
             f"Expected the rule of {eqn.primitive.name} to give a Product, a Norm or None, got {type(rule).__name__}."
