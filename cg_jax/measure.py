@@ -172,7 +172,8 @@ def measure_coherence(
     layout = None if mesh is None else Layout.of(mesh, data_axis, params)
     axis = layout.axis if layout is not None and estimator != "batch" else None
     how = Estimator(estimator, loss_fn, method, batch_size, nonfinite != "propagate", axis)
-    with auto_context():
+    # Data on the host is moved because it was asked for: transfer guards are about what was not.
+    with auto_context(), jax.transfer_guard("allow"):
         return _measured(how, layout, params, data, nonfinite, confidence, seed, progress)
 
 

@@ -4,6 +4,7 @@ A tree of parameters may hold integer or boolean leaves (counters, look-up table
 `partition` takes them out, leaving None, and `combine` puts them back.
 """
 
+import collections
 from typing import Any
 
 import jax
@@ -81,6 +82,21 @@ def add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def paths(tree: PyTree) -> list[str]:
-    """The path of each leaf, parts joined by "/", in the order of jax.tree.leaves."""
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    """A name for each leaf, in the order of jax.tree.leaves, no two alike: the keys of its path joined by "/".
+
+    A key that is empty, holds a "/" or begins like a quoted one is quoted as in Python: {"a/b": …} is 'a/b', quotes and
+    all. Where two names are still the same (keys 0 and "0" of one node, an attribute and a key of one name), those
+    leaves go by JAX's own notation, <['0']>, and by their place in the tree where that is the same too, <[0]>#1.
+    """
+    found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = ["/".join(map(_key_text, path)) for path in found]
+    for spell in (lambda _, path: f"<{jax.tree_util.keystr(path)}>", lambda i, path: f"{names[i]}#{i}"):
+        counts = collections.Counter(names)
+        names = [spell(i, path) if counts[names[i]] > 1 else names[i] for i, path in enumerate(found)]
+    return names
+
+
+def _key_text(entry: Any) -> str:
+    """One key of a path; quoted where the name could be read in another way."""
+    text = jax.tree_util.keystr((entry,), simple=True)
+    return repr(text) if not text or "/" in text or text[0] in "'\"<" else text
