@@ -108,7 +108,7 @@ _SAME = "the loss ignores the example: one gradient serves all"
 
 def _shaped(leaf: Any) -> Any:
     """Arrays as they are, Python numbers as arrays."""
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.numpy.asarray(leaf)
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.device_put(leaf)
 
 
 def _value(leaf: Any) -> Any:
