@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cg_jax import _compat, _validate
-from cg_jax.batches import batches_of, is_arrays
+from cg_jax._data import checked, is_arrays
+from cg_jax.batches import batches_of
 from cg_jax.estimators import ESTIMATORS, Estimator, Inputs
 from cg_jax.layout import Layout, as_auto, auto_context
 from cg_jax.metrics import Coherence
@@ -65,7 +66,9 @@ def _check_outside(params: PyTree, data: Any) -> None:
 
 def _check_mesh(mesh: Any, data_axis: str | None) -> None:
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise TypeError(f"Expected mesh to be a jax.sharding.Mesh or None, got {type(mesh).__name__}.")
+        raise TypeError(
+            f"Expected mesh to be a jax.sharding.Mesh or None, got {type(mesh).__name__}; jax.make_mesh makes one."
+        )
     if data_axis is not None and (mesh is None or not isinstance(data_axis, str)):
         what = "with mesh" if mesh is None else "to be the name of one axis"
         raise ValueError(f"Expected data_axis {what}, got data_axis={data_axis!r}.")
@@ -106,8 +109,9 @@ def measure_coherence(
             batch_size / num_processes rows. An iterable then costs one small exchange between processes for each batch.
             All other arguments are the same in every process. An error that one process meets in its data is raised in
             all; one that it meets elsewhere ends the others when it ends.
-        batch_size: Examples in one batch, over all devices; a shorter batch is padded by repeating a row, and the
-            padding is masked.
+        batch_size: Examples in one batch, over all devices, at most: arrays of fewer make one batch of their own size.
+            A shorter batch is padded by repeating a row, and the padding is masked; those of an iterable to the first
+            of them, and to a larger one when it comes (each size is compiled).
         mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all, its axes Auto or Explicit.
         data_axis: The one axis of the mesh that examples are divided over; without it its only axis, or "data".
         method: "ghost", or "vmap" for the plain reference; of estimator "exact".
@@ -161,20 +165,23 @@ def measure_coherence(
     """
     batch_size = _validate.at_least("batch_size", batch_size, 1)
     _validate.function("loss_fn", loss_fn)
-    _validate.parameters(params)
+    params = _validate.parameters(params, shapes=False)
     _validate.one_of("method", method, METHODS)
     _validate.one_of("estimator", estimator, ESTIMATORS)
-    seed = _validate.at_least("seed", seed, 0)
+    seed = _validate.at_least("seed", seed, 0) % 2**32
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
-    _check_confidence(confidence, estimator, data)
     _check_mesh(mesh, data_axis)
+    data = checked(params, data)
+    _check_confidence(confidence, estimator, data)
     _check_outside(params, data)
     layout = None if mesh is None else Layout.of(mesh, data_axis, params)
     axis = layout.axis if layout is not None and estimator != "batch" else None
-    how = Estimator(estimator, loss_fn, method, batch_size, nonfinite != "propagate", axis)
+    # Where only the shapes of batches matter, programs do not depend on batch_size.
+    k = batch_size if estimator == "batch" else 0
+    how = Estimator(estimator, loss_fn, method, k, nonfinite != "propagate", axis)
     # Data on the host is moved because it was asked for: transfer guards are about what was not.
     with auto_context(), jax.transfer_guard("allow"):
-        return _measured(how, layout, params, data, nonfinite, confidence, seed, progress)
+        return _measured(how, layout, params, data, batch_size, nonfinite, confidence, seed, progress)
 
 
 def _measured(
@@ -182,6 +189,7 @@ def _measured(
     layout: Layout | None,
     params: PyTree,
     data: Any,
+    batch_size: int,
     nonfinite: str,
     confidence: bool,
     seed: int,
@@ -193,8 +201,8 @@ def _measured(
     else:
         params = layout.place(params)
         if not how.by_example:
-            _validate.divides("the data axis", layout.num_shards, "batch_size", how.batch_size)
-    read = functools.partial(batches_of, data, how.batch_size, layout, whole=not how.by_example)
+            _validate.divides("the data axis", layout.num_shards, "batch_size", batch_size)
+    read = functools.partial(batches_of, data, batch_size, layout, whole=not how.by_example)
     run, batches = Run(how, layout, Inputs(params, jnp.asarray(seed, jnp.uint32)), nonfinite, confidence), read()
     with _bar(progress, batches.number) as bar:
         sums, skipped, by_batch = run.add_all(batches, bar)

@@ -64,8 +64,8 @@ class Coherence:
     """Standard error of α; NaN unless it was asked for. What it is of, `measure_coherence` says for each estimator.
     That of r is m times it, that of alpha_unbiased m / (m − 1) times. There is none of single tensors."""
     per_tensor: dict[str, Ratios]
-    """Path of each parameter tensor → its ratios, in the order of the parameters' leaves; α = Σ share · α over them. Keys
-    are joined by "/"; one that holds a "/" itself is quoted, and no two tensors share a name."""
+    """Path of each parameter tensor → its ratios, in the order of the parameters' leaves; α = Σ share · α over them.
+    Keys are joined by "/"; one that holds a "/" itself is quoted, and no two tensors share a name."""
 
     def __str__(self) -> str:
         if _compat.is_tracer(self.alpha):  # has no digits yet

@@ -43,11 +43,10 @@ def require_moments(name: str, value: Any) -> None:
     """TypeError unless `value` is a GradMoments."""
     if isinstance(value, GradMoments):
         return
-    remedy = "of gradients or norms it cannot be made" if not callable(value) else "call it with (params, batch)"
-    raise TypeError(
-        f"Expected {name} to be a GradMoments, got {type(value).__name__}; {remedy}: take "
-        "grad_moments(loss_fn)(params, batch)."
+    remedy = (
+        "call what grad_moments(loss_fn) returns" if callable(value) else "take grad_moments(loss_fn)(params, batch)"
     )
+    raise TypeError(f"Expected {name} to be a GradMoments, got {type(value).__name__}; {remedy}.")
 
 
 def merge(a: GradMoments, b: GradMoments) -> GradMoments:

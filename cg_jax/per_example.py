@@ -103,8 +103,7 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
     _validate.function("loss_fn", loss_fn)
 
     def grads(params: PyTree, batch: PyTree) -> PyTree:
-        _validate.parameters(params)
-        _validate.leading_axis("batch", batch)
+        params, batch, _ = _validate.arguments(params, batch)
         return explicit.relaxed(functools.partial(_grads, loss_fn), _grads_lie, params, batch)
 
     return grads
@@ -160,8 +159,8 @@ def alignments(loss_fn: LossFn) -> Callable[[PyTree, PyTree, PyTree], jax.Array]
     _validate.function("loss_fn", loss_fn)
 
     def aligned(params: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
-        _validate.parameters(params)
-        _validate.leading_axis("batch", batch)
+        params, batch, _ = _validate.arguments(params, batch)
+        direction = _validate.arrays("direction", direction)
         kept, rest = trees.partition(params)
         along = trees.partition(direction)[0] if jax.tree.leaves(rest) else direction
         _validate.same_structure("direction", along, "params", kept)

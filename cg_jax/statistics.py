@@ -134,12 +134,11 @@ def grad_moments(loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | Non
         (3, -12.0, 66.0)
     """
     _validate.function("loss_fn", loss_fn)
-    _validate.one_of("method", method, METHODS)
+    _validate.one_of("method", method, METHODS, "call it as grad_moments(loss_fn)(params, batch)")
     _validate.max_bytes(max_bytes)
 
     def moments(params: PyTree, batch: PyTree, mask: Any = None) -> GradMoments:
-        _validate.parameters(params)
-        size = _validate.leading_axis("batch", batch)
+        params, batch, size = _validate.arguments(params, batch)
         if mask is not None:
             mask = jnp.asarray(mask)
             _validate.mask_shape(mask, size)
@@ -180,12 +179,11 @@ def per_example_sq_norms(
         Array([ 1., 16., 49.], dtype=float32)
     """
     _validate.function("loss_fn", loss_fn)
-    _validate.one_of("method", method, METHODS)
+    _validate.one_of("method", method, METHODS, "call it as per_example_sq_norms(loss_fn)(params, batch)")
     _validate.max_bytes(max_bytes)
 
     def sq_norms(params: PyTree, batch: PyTree) -> PyTree:
-        _validate.parameters(params)
-        _validate.leading_axis("batch", batch)
+        params, batch, _ = _validate.arguments(params, batch)
         of_batch = functools.partial(_sq_norms, loss_fn, method, max_bytes)
         return explicit.relaxed(of_batch, _norms_lie, params, batch)
 

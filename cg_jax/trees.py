@@ -90,10 +90,14 @@ def paths(tree: PyTree) -> list[str]:
     """
     found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     names = ["/".join(map(_key_text, path)) for path in found]
-    for spell in (lambda _, path: f"<{jax.tree_util.keystr(path)}>", lambda i, path: f"{names[i]}#{i}"):
-        counts = collections.Counter(names)
-        names = [spell(i, path) if counts[names[i]] > 1 else names[i] for i, path in enumerate(found)]
-    return names
+    names = _told_apart(names, [f"<{jax.tree_util.keystr(path)}>" for path in found])
+    return _told_apart(names, [f"{name}#{i}" for i, name in enumerate(names)])
+
+
+def _told_apart(names: list[str], longer: list[str]) -> list[str]:
+    """The names, but the longer one for each that is there twice."""
+    counts = collections.Counter(names)
+    return [long if counts[name] > 1 else name for name, long in zip(names, longer, strict=True)]
 
 
 def _key_text(entry: Any) -> str:

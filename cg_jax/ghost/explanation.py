@@ -77,7 +77,7 @@ def explain(loss_fn: LossFn, params: PyTree, example: PyTree, *, max_bytes: int 
         [('b', 'elementwise', ''), ('w', 'closed', '')]
     """
     _validate.function("loss_fn", loss_fn)
-    _validate.parameters(params)
+    params, example = _validate.parameters(params), _validate.arrays("example", example, shapes=True)
     _validate.max_bytes(max_bytes)
     params, example = jax.tree.map(_shaped, (params, example))
     kept, rest = trees.partition(params)
