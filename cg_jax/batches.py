@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def batches_of(data: Any, batch_size: int, layout: Layout | None, whole: bool) -
         share = shape.rows(int(sizes.max()))
         number, batches = -(-int(sizes.max()) // share), _array_batches(data, size, share, sizes)
     else:
-        number = len(cast(Sized, data)) if hasattr(data, "__len__") and not several else None
+        number = None if several else _length(data)
         batches = _iterable_batches(data, shape, batch_size, several)
     return Batches(batches if layout is None else _put(layout, batches), number, shape.share)
 
@@ -73,6 +73,14 @@ class _Shape(NamedTuple):
     def rows(self, most: int) -> int:
         """The rows that hold `most` examples, the same number for each device; at most those of a whole batch."""
         return min(self.share, -(-most // self.local) * self.local)
+
+
+def _length(data: Any) -> int | None:
+    """How many batches an iterable has, if it knows."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # loaders of streams have a length, and raise when asked
+        return None
 
 
 def _put(layout: Layout, batches: Iterator[Batch]) -> Iterator[Batch]:

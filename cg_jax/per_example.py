@@ -121,7 +121,8 @@ def _alignments(loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTre
     along, _ = trees.partition(direction)
     along = _compat.vary_like(along, kept)
     loss = checked_loss(loss_fn, rest)
-    along = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), along, kept)
+    # Not result_type: float64 for a weakly typed float32 array, with x64.
+    along = jax.tree.map(lambda v, p: v.astype(jnp.asarray(p).dtype), along, kept)
     losses = lambda p: jax.vmap(loss, in_axes=(None, 0))(p, batch)  # noqa: E731
     if _compat.has_forward_mode(losses, (kept,), (along,)):
         return jax.jvp(losses, (kept,), (along,))[1]
