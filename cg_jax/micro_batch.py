@@ -42,7 +42,7 @@ def micro_batch_grads(loss_fn: LossFn, k: int) -> Callable[[PyTree, PyTree], PyT
     k = _validate.at_least("k", k, 1)
 
     def grads(params: PyTree, batch: PyTree) -> PyTree:
-        size = _validate.leading_axis("batch", batch)
+        params, batch, size = _validate.arguments(params, batch)
         _validate.divides("k", k, "the batch size B", size)
         return explicit.relaxed(of_groups, _lie, params, jax.tree.map(jnp.asarray, batch))
 
