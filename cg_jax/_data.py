@@ -65,4 +65,4 @@ def _kind(leaf: Any) -> str:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
     kinds = {"float": jnp.floating, "int": jnp.integer}
     name = next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), str(dtype))
-    return f"{name}[{', '.join(':' * (np.ndim(leaf) - 1))}]"
+    return f"{name}[{', '.join(':' * (len(np.shape(leaf)) - 1))}]"

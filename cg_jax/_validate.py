@@ -60,7 +60,7 @@ def leading_axis(name: str, tree: PyTree) -> int:
     sizes = {}
     for path, leaf in leaves:
         where = f"{name}{jax.tree_util.keystr(path)}"
-        if np.ndim(leaf) == 0:
+        if not np.shape(leaf):
             raise ValueError(
                 f"Expected every array of {name} to have a leading axis, got {where} of shape (); stack examples into "
                 "a batch, and numbers into one array."
