@@ -104,9 +104,11 @@ def measure_coherence(
             batch) → the mean loss of a batch.
         params: Any pytree of arrays; integer leaves are held fixed.
         data: A pytree (tuple, dict, …) of host or device arrays that share a leading axis m, any m; or an iterable (a
-            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. Of several processes
-            each gives its own part of the data, any m ≥ 1: arrays on the host, or its share of every batch, at most
-            batch_size / num_processes rows. An iterable then costs one small exchange between processes for each batch.
+            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. What NumPy can read
+            (tensors of PyTorch and TensorFlow) is converted; a file that is read by slicing stays one. Of several
+            processes each gives its own part of the data, any m ≥ 1: arrays on the host, or its share of every batch,
+            at most batch_size / num_processes rows. An iterable then costs one small exchange between processes for
+            each batch.
             All other arguments are the same in every process. An error that one process meets in its data is raised in
             all; one that it meets elsewhere ends the others when it ends.
         batch_size: Examples in one batch, over all devices, at most: arrays of fewer make one batch of their own size.
@@ -139,16 +141,17 @@ def measure_coherence(
         progress: Draw a bar (needs tqdm).
 
     Returns:
-        A `Coherence`; its scalars are arrays on the device.
+        A `Coherence`; its scalars are arrays on the device, an alpha_stderr that was not asked for a NaN of NumPy's.
 
     Raises:
         ValueError: batch_size < 1, unknown method, estimator or nonfinite, empty data, leading axes that disagree, a
             batch larger than batch_size, data_axis that is none of the mesh or without one, estimator "batch" with a
             batch_size that the devices do not divide, confidence with another estimator than "exact", a loss that does
             not depend on params, or processes that do not agree on batch_size or on what a row of data is.
-        TypeError: loss_fn is no function or does not return a real scalar, a leaf of params is complex or no array,
-            data is no pytree of arrays and cannot be iterated, or cannot be iterated twice where it has to be; mesh is
-            none; or this is called inside jit or shard_map, where `coherence` of `grad_moments` is for.
+        TypeError: loss_fn is no function or does not return a real scalar; a leaf of params is complex, no array or
+            state of a model; data is no pytree of arrays of numbers and cannot be iterated, or cannot be iterated twice
+            where it has to be, or is a list of arrays of several kinds, which are no batches; mesh is none; or this is
+            called inside jit or shard_map, where `coherence` of `grad_moments` is for.
         FloatingPointError: With nonfinite="raise".
 
     References:
