@@ -1,13 +1,22 @@
-"""Argument checks. One message style: what was expected (name and bound), then what came."""
+"""Argument checks. One message style: what was expected (name and bound), then what came, then the remedy."""
 
 import operator
 from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from cg_jax._leaves import arrays, parameters
+
 PyTree = Any
+
+
+def shown(name: str, value: Any) -> str:
+    """name=value in one line, or the type of a value that takes more."""
+    text = repr(value) if isinstance(value, str | bytes | int | float | complex | np.generic | None) else ""
+    return f"{name}={text}" if 0 < len(text) <= 80 else f"{name} of type {type(value).__name__}"
 
 
 def at_least(name: str, value: int, bound: int) -> int:
@@ -15,7 +24,7 @@ def at_least(name: str, value: int, bound: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"Expected {name} to be a whole number >= {bound}, got {name}={value!r}.") from None
+        raise ValueError(f"Expected {name} to be a whole number >= {bound}, got {shown(name, value)}.") from None
     if number < bound:
         raise ValueError(f"Expected {name} >= {bound}, got {name}={number}.")
     return number
@@ -27,10 +36,11 @@ def max_bytes(value: int | None) -> None:
         at_least("max_bytes", value, 1)
 
 
-def one_of(name: str, value: str, choices: Collection[str]) -> str:
-    """`value`, or ValueError unless it is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"Expected {name} in {sorted(choices)}, got {name}={value!r}.")
+def one_of(name: str, value: str, choices: Collection[str], remedy: str = "") -> str:
+    """`value`, or ValueError unless it is one of `choices`; with the remedy if it is no string."""
+    if not isinstance(value, str) or value not in choices:
+        remedy = f"; {remedy}" if remedy and not isinstance(value, str) else ""
+        raise ValueError(f"Expected {name} in {sorted(choices)}, got {shown(name, value)}{remedy}.")
     return value
 
 
@@ -50,8 +60,11 @@ def leading_axis(name: str, tree: PyTree) -> int:
     sizes = {}
     for path, leaf in leaves:
         where = f"{name}{jax.tree_util.keystr(path)}"
-        if np.ndim(leaf) == 0:
-            raise ValueError(f"Expected every array of {name} to have a leading axis, got {where} of shape ().")
+        if not np.shape(leaf):
+            raise ValueError(
+                f"Expected every array of {name} to have a leading axis, got {where} of shape (); stack examples into "
+                "a batch, and numbers into one array."
+            )
         sizes[where] = np.shape(leaf)[0]
     if len(set(sizes.values())) > 1:
         raise ValueError(f"Expected all arrays of {name} to share their leading axis, got {sizes}.")
@@ -61,12 +74,29 @@ def leading_axis(name: str, tree: PyTree) -> int:
     return size
 
 
+def leading_axis_after(params: PyTree, name: str, tree: PyTree) -> int:
+    """`leading_axis` of an argument that comes after params; an error says so where the two may be swapped."""
+    try:
+        return leading_axis(name, tree)
+    except ValueError as error:
+        of_params, of_tree = ({np.shape(leaf)[:1] for leaf in jax.tree.leaves(each)} for each in (params, tree))
+        swapped = len(of_params) == 1 and () not in of_params | of_tree and len(of_tree) > 1
+        raise ValueError(f"{str(error)[:-1]}; params come first, then {name}." if swapped else str(error)) from None
+
+
+def arguments(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, int]:
+    """(params, batch, B) as arrays; TypeError or ValueError unless they are, and batch has a leading axis B."""
+    params, batch = parameters(params, shapes=False), arrays("batch", batch)
+    return params, batch, leading_axis_after(params, "batch", batch)
+
+
 def mask_shape(mask: Any, batch_size: int) -> None:
     """ValueError unless `mask` is boolean [B]."""
     if mask.shape != (batch_size,) or mask.dtype != bool:
+        remedy = "" if mask.dtype == bool else "; take mask != 0"
         raise ValueError(
             f"Expected mask to be boolean of shape [{batch_size}], got mask of dtype {mask.dtype} and shape "
-            f"{mask.shape}."
+            f"{mask.shape}{remedy}."
         )
 
 
@@ -75,27 +105,11 @@ def scalar_loss(out: PyTree, what: str) -> None:
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0] is not out or out.shape != ():
         shapes = jax.tree.map(lambda leaf: getattr(leaf, "shape", leaf), out)
-        raise TypeError(f"Expected loss_fn to return one scalar, {what}, got shape {shapes}.")
-    if not jax.numpy.issubdtype(out.dtype, jax.numpy.floating):
+        several = "ONE" in what and getattr(out, "shape", ())
+        remedy = "; add up its parts, and give one example where a batch was given" if several else ""
+        raise TypeError(f"Expected loss_fn to return one scalar, {what}, got shape {shapes}{remedy}.")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"Expected loss_fn to return a real floating-point scalar, got dtype {out.dtype}.")
-
-
-def parameters(params: PyTree) -> None:
-    """TypeError unless every leaf of params is an array or a number, and none is complex."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        where = f"params{jax.tree_util.keystr(path)}"
-        try:
-            dtype = jax.numpy.result_type(leaf)
-        except TypeError:
-            raise TypeError(
-                f"Expected every leaf of params to be an array or a number, got {where} of {type(leaf).__name__}; keep "
-                "such leaves apart (nnx.split, equinox.partition) and put them back inside loss_fn."
-            ) from None
-        if jax.numpy.issubdtype(dtype, jax.numpy.complexfloating):
-            raise TypeError(
-                f"Expected real parameters, got {where} of dtype {dtype}; keep its real and imaginary parts as two "
-                "leaves and put them together inside loss_fn."
-            )
 
 
 def function(name: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from cg_jax import _validate
+from cg_jax._data import is_arrays
 from cg_jax.layout import Layout, as_auto
 
 PyTree = Any
@@ -38,32 +39,48 @@ class Batches(NamedTuple):
         return all(size == self.share for size in batch.sizes)
 
 
-def is_arrays(data: Any) -> bool:
-    """Whether `data` is a pytree of arrays; a list is none: it means batches."""
-    if isinstance(data, list | Iterator):
-        return False
-    leaves = jax.tree.leaves(data)
-    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
-
-
 def batches_of(data: Any, batch_size: int, layout: Layout | None, whole: bool) -> Batches:
     """The batches of `data`, on the devices of the layout. With `whole`, only those that are."""
     several = layout is not None and jax.process_count() > 1
-    share = batch_size if layout is None else -(-batch_size // layout.num_shards) * layout.local_shards()
     if layout is not None and is_arrays(data) and _on_devices(data, layout):
         data = as_auto(data)
         return _device_batches(data, _validate.leading_axis("data", data), batch_size, layout, whole)
     if layout is not None and several:
         layout.require_places_of_one_process()
+    shape = _Shape.of(batch_size, layout)
     if is_arrays(data):
         size, sizes = _agreed(lambda: (_validate.leading_axis("data", data), data), batch_size, several)
+        share = shape.rows(int(sizes.max()))
         number, batches = -(-int(sizes.max()) // share), _array_batches(data, size, share, sizes)
-    elif isinstance(data, Iterable):
-        number = len(data) if isinstance(data, Sized) and not several else None
-        batches = _iterable_batches(data, share, batch_size, several)
     else:
-        raise TypeError(f"Expected data to be a pytree of arrays or an iterable of batches, got {type(data).__name__}.")
-    return Batches(batches if layout is None else _put(layout, batches), number, share)
+        number = None if several else _length(data)
+        batches = _iterable_batches(data, shape, batch_size, several)
+    return Batches(batches if layout is None else _put(layout, batches), number, shape.share)
+
+
+class _Shape(NamedTuple):
+    """How many rows a process gives to a batch."""
+
+    share: int  # of a whole batch
+    local: int  # devices along the data axis that the process feeds
+
+    @classmethod
+    def of(cls, batch_size: int, layout: Layout | None) -> "_Shape":
+        if layout is None:
+            return cls(batch_size, 1)
+        return cls(-(-batch_size // layout.num_shards) * layout.local_shards(), layout.local_shards())
+
+    def rows(self, most: int) -> int:
+        """The rows that hold `most` examples, the same number for each device; at most those of a whole batch."""
+        return min(self.share, -(-most // self.local) * self.local)
+
+
+def _length(data: Any) -> int | None:
+    """How many batches an iterable has, if it knows."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # loaders of streams have a length, and raise when asked
+        return None
 
 
 def _put(layout: Layout, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -118,36 +135,48 @@ def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> It
     """The batches of arrays with leading axis `size`; as many as the process with the most examples has."""
     for start in range(0, int(sizes.max()), share):
         lo, hi = min(start, size - 1), min(start + share, size)
-        rows = jax.tree.map(lambda leaf, lo=lo, hi=hi: leaf[lo:hi], data)
+        rows = _validate.arrays("data", jax.tree.map(lambda leaf, lo=lo, hi=hi: leaf[lo:hi], data))
         now = tuple(int(n) for n in np.clip(sizes - start, 0, share))
         yield _pad(rows, start, max(size - start, 0), share, now)
 
 
-def _iterable_batches(data: Iterable[PyTree], share: int, batch_size: int, several: bool) -> Iterator[Batch]:
-    """The batches of an iterable. Of several processes, one that has run out repeats its last rows, masked."""
-    start, rows, iterator = 0, None, iter(data)
-    limit = share if several else batch_size
+def _iterable_batches(data: Iterable[PyTree], shape: _Shape, batch_size: int, several: bool) -> Iterator[Batch]:
+    """The batches of an iterable. Of several processes, one that has run out repeats its last rows, masked.
+
+    They are padded to the first one; to a larger one when it comes, and then by at least twice, since each size is
+    compiled.
+    """
+    start, rows, padded, iterator = 0, None, 0, iter(data)
+    limit = shape.share if several else batch_size
 
     def next_rows() -> tuple[int, PyTree]:
         nonlocal rows
         more = next(iterator, None)
         if more is None and rows is None:
-            raise ValueError("Expected data to hold at least one batch, got an empty iterable.")
+            raise ValueError(
+                "Expected data to hold at least one batch, got an empty iterable; a generator can be read only once."
+            )
         if more is None:
             return 0, rows
-        rows, size = as_auto(more), _validate.leading_axis("batch", more)
+        rows = as_auto(_validate.arrays("batch", more))
+        size = _validate.leading_axis("batch", rows)
         if size > limit:
             most = (
                 f"{limit} examples, this process's share of batch_size" if several else f"batch_size={limit} examples"
             )
-            raise ValueError(f"Expected batches of at most {most}, got one of {size}.")
+            raise ValueError(
+                f"Expected batches of at most {most}, got one of {size}; a list or a loader is one of batches, and "
+                "a tuple, (X, Y), one of arrays."
+            )
         return size, rows
 
     while True:
         size, sizes = _agreed(next_rows, batch_size, several)
         if not sizes.any():
             return
-        yield _pad(rows, start, size, share, tuple(int(n) for n in sizes))
+        if sizes.max() > padded:
+            padded = shape.rows(max(int(sizes.max()), 2 * padded))
+        yield _pad(rows, start, size, padded, tuple(int(n) for n in sizes))
         start += size
 
 

@@ -30,10 +30,14 @@ class Spread(NamedTuple):
     total: jax.Array
     squares: jax.Array
 
+    def mean(self) -> jax.Array:
+        """The mean; NaN of no numbers."""
+        return self.total / self.number.astype(self.total.dtype)
+
     def variance(self) -> jax.Array:
         """The unbiased variance; NaN below two numbers."""
-        mean = self.total / self.number
-        variance = jnp.maximum(self.squares / self.number - mean**2, 0) * self.number / (self.number - 1)
+        number = self.number.astype(self.total.dtype)
+        variance = jnp.maximum(self.squares / number - self.mean() ** 2, 0) * number / (number - 1)
         return jnp.where(self.number > 1, variance, jnp.nan)
 
 
@@ -50,7 +54,7 @@ class OfRows(NamedTuple):
 
     bad: jax.Array  # its id where its loss or gradient is not finite, else −1
     again: jax.Array  # the ids that are to be added once more without the bad ones, else −1
-    sq_norms: jax.Array  # ‖gᵢ‖², NaN where bad; "exact" only
+    sq_norms: jax.Array  # ‖gᵢ‖², −1 where bad; "exact" only
 
 
 class Inputs(NamedTuple):
@@ -92,7 +96,7 @@ class Estimator:
         spoilt = bad.any() & self.guard
         sums = jax.tree.map(lambda leaf: jnp.where(spoilt, jnp.zeros_like(leaf), leaf), sums)
         again = jnp.where(spoilt & ~bad, ids, -1)
-        return sums, OfRows(jnp.where(bad, ids, -1), again, jnp.where(bad, jnp.nan, sq_norms))
+        return sums, OfRows(jnp.where(bad, ids, -1), again, jnp.where(bad, -1, sq_norms))
 
     def finish(self, sums: Sums, num_skipped: Any) -> Coherence:
         """The coherence that follows from the sums of all batches."""
@@ -150,7 +154,7 @@ def _signs_sums(
     moments = GradMoments(mask.sum().astype(jnp.int32), losses.sum(), total, norms)
     spread = Spread(mask.any().astype(jnp.int32), one + other, ((one - other) / 2) ** 2)
     bad = ~_finite(losses, one, other, total)
-    return Sums(moments, spread, None), jnp.broadcast_to(bad, ids.shape), jnp.full(ids.shape, jnp.nan, one.dtype)
+    return Sums(moments, spread, None), jnp.broadcast_to(bad, ids.shape), jnp.zeros(ids.shape, one.dtype)
 
 
 def _signs_of(how: Estimator, inputs: Inputs, losses: jax.Array, ids: jax.Array) -> jax.Array:
@@ -163,8 +167,7 @@ def _signs_of(how: Estimator, inputs: Inputs, losses: jax.Array, ids: jax.Array)
 
 def _signs(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
     """The squares add up to an estimate of Q, off by what the draws differ by."""
-    typical = sums.spread.total / sums.spread.number
-    error = _where_squares_fit(typical, jnp.sqrt(sums.spread.squares)) / (sums.spread.total / 2)
+    error = _where_squares_fit(sums.spread.mean(), jnp.sqrt(sums.spread.squares)) / (sums.spread.total / 2)
     error = _of_few(error, sums.spread.number)
     return sums.moments, lambda found: found.alpha * error
 
@@ -199,7 +202,7 @@ def _batch_sums(
     loss = loss.astype(trees.accumulator_dtype(loss.dtype))
     moments = GradMoments(jnp.int32(k), k * loss, jax.tree.map(lambda g: k * g, grads), norms)
     bad = jnp.broadcast_to(~_finite(loss, trees.total(norms)), ids.shape)
-    return Sums(moments, _no_spread(loss), None), bad, jnp.full(ids.shape, jnp.nan, loss.dtype)
+    return Sums(moments, _no_spread(loss), None), bad, jnp.zeros(ids.shape, loss.dtype)
 
 
 def add_batch(total: Sums, found: Sums, k: int) -> Sums:
@@ -237,7 +240,7 @@ def _batch(how: Estimator, sums: Sums) -> tuple[GradMoments, Any]:
     def stderr(found: Coherence) -> jax.Array:
         # V is N − 1 squared distances; each scatters as the half squared distances of pairs do.
         error = jnp.sqrt(sums.spread.variance() / (number - 1)) * (number - 1) / number
-        error = _where_squares_fit(sums.spread.total / sums.spread.number, error)
+        error = _where_squares_fit(sums.spread.mean(), error)
         error = _of_few(error, sums.spread.number - 1)
         return found.alpha**2 * error / (c * found.mean_grad_norm**2)
 
@@ -254,7 +257,7 @@ def deviations(how: Estimator, loss_fn: LossFn, inputs: PyTree, batch: PyTree) -
     The infinitesimal jackknife: a number of these, over m, is what α moves by when example i weighs a little more.
     """
     (params, state, mean_grad, alpha, mean_sq_norm), (rows, ids, sq_norms) = inputs, batch
-    mask = (ids >= 0) & ~jnp.isnan(sq_norms)
+    mask = (ids >= 0) & (sq_norms >= 0)
     products, _ = aligned(with_state(loss_fn, state), params, fill_masked(rows, mask), mean_grad, how.has_aux)
     square = trees.total(trees.sq_norms(mean_grad))
     moved = jnp.where(mask, (2 * products.astype(sq_norms.dtype) - alpha * sq_norms - square) / mean_sq_norm, 0)

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from cg_jax import _compat, _validate
 from cg_jax._compiled import Programs, programs_of
+from cg_jax._data import checked, is_arrays
 from cg_jax._loss import LossFn
-from cg_jax.batches import batches_of, is_arrays
+from cg_jax.batches import batches_of
 from cg_jax.estimators import ESTIMATORS, Estimator, Inputs, Sums
 from cg_jax.layout import Layout, as_auto, auto_context
 from cg_jax.metrics import Coherence
@@ -67,7 +68,9 @@ def _check_outside(params: PyTree, state: PyTree, data: Any) -> None:
 
 def _check_mesh(mesh: Any, data_axis: str | None) -> None:
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise TypeError(f"Expected mesh to be a jax.sharding.Mesh or None, got {type(mesh).__name__}.")
+        raise TypeError(
+            f"Expected mesh to be a jax.sharding.Mesh or None, got {type(mesh).__name__}; jax.make_mesh makes one."
+        )
     if data_axis is not None and (mesh is None or not isinstance(data_axis, str)):
         what = "with mesh" if mesh is None else "to be the name of one axis"
         raise ValueError(f"Expected data_axis {what}, got data_axis={data_axis!r}.")
@@ -104,17 +107,20 @@ def measure_coherence(
         loss_fn: As for `grad_moments`; for estimator "batch", loss_fn(params, batch) → the mean loss of a batch.
         params: Any pytree of arrays; integer leaves are held fixed.
         data: A pytree (tuple, dict, …) of host or device arrays that share a leading axis m, any m; or an iterable (a
-            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. Of several processes
-            each gives its own part of the data, any m ≥ 1: arrays on the host, or its share of every batch, at most
-            batch_size / num_processes rows. An iterable then costs one small exchange between processes for each batch.
+            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. What NumPy can read
+            (tensors of PyTorch and TensorFlow) is converted; a file that is read by slicing stays one. Of several
+            processes each gives its own part of the data, any m ≥ 1: arrays on the host, or its share of every batch,
+            at most batch_size / num_processes rows. An iterable then costs one small exchange between processes for
+            each batch.
             All other arguments are the same in every process. An error that one process meets in its data is raised in
             all; one that it meets elsewhere ends the others when it ends.
         state: What loss_fn takes as its third argument and what is not differentiated, such as running averages: any
             pytree of arrays, the same for all examples. New values compile nothing again, as new values that loss_fn
             closes over would.
         has_aux: loss_fn returns (loss, aux), as for `jax.value_and_grad`; aux is dropped.
-        batch_size: Examples in one batch, over all devices; a shorter batch is padded by repeating a row, and the
-            padding is masked.
+        batch_size: Examples in one batch, over all devices, at most: arrays of fewer make one batch of their own size.
+            A shorter batch is padded by repeating a row, and the padding is masked; those of an iterable to the first
+            of them, and to a larger one when it comes (each size is compiled).
         mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all, its axes Auto or Explicit.
         data_axis: The one axis of the mesh that examples are divided over; without it its only axis, or "data".
         method: "ghost", or "vmap" for the plain reference; of estimator "exact".
@@ -143,16 +149,18 @@ def measure_coherence(
         progress: Draw a bar (needs tqdm).
 
     Returns:
-        A `Coherence`; its scalars are arrays on the device. A UserWarning, and NaN, where all gradients are zero.
+        A `Coherence`; its scalars are arrays on the device, an alpha_stderr that was not asked for a NaN of NumPy's. A
+        UserWarning, and NaN, where all gradients are zero.
 
     Raises:
         ValueError: batch_size < 1, unknown method, estimator or nonfinite, empty data, leading axes that disagree, a
             batch larger than batch_size, data_axis that is none of the mesh or without one, estimator "batch" with a
             batch_size that the devices do not divide, confidence with another estimator than "exact", a loss that does
             not depend on params, or processes that do not agree on batch_size or on what a row of data is.
-        TypeError: loss_fn is no function or does not return a real scalar, a leaf of params is complex or no array,
-            data is no pytree of arrays and cannot be iterated, or cannot be iterated twice where it has to be; mesh is
-            none; or this is called inside jit or shard_map, where `coherence` of `grad_moments` is for.
+        TypeError: loss_fn is no function or does not return a real scalar; a leaf of params is complex, no array or
+            state of a model; data is no pytree of arrays of numbers and cannot be iterated, or cannot be iterated twice
+            where it has to be, or is a list of arrays of several kinds, which are no batches; mesh is none; or this is
+            called inside jit or shard_map, where `coherence` of `grad_moments` is for.
         FloatingPointError: With nonfinite="raise".
 
     References:
@@ -169,20 +177,25 @@ def measure_coherence(
     """
     batch_size = _validate.at_least("batch_size", batch_size, 1)
     _validate.function("loss_fn", loss_fn)
-    _validate.parameters(params)
+    params = _validate.parameters(params, shapes=False)
     _validate.one_of("method", method, METHODS)
     _validate.one_of("estimator", estimator, ESTIMATORS)
-    seed = _validate.at_least("seed", seed, 0)
+    seed = _validate.at_least("seed", seed, 0) % 2**32
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
-    _check_confidence(confidence, estimator, data)
     _check_mesh(mesh, data_axis)
+    data = checked(params, data)
+    _check_confidence(confidence, estimator, data)
     _check_outside(params, state, data)
     layout = None if mesh is None else _layout(mesh, data_axis, params, state)
     axis = layout.axis if layout is not None and estimator != "batch" else None
-    how = Estimator(estimator, method, batch_size, nonfinite != "propagate", axis, has_aux)
-    inputs = Inputs(params, state, jnp.asarray(seed, jnp.uint32))
-    with auto_context():
-        found, sums = _measured(programs_of(loss_fn), how, layout, inputs, data, nonfinite, confidence, progress)
+    # Where only the shapes of batches matter, programs do not depend on batch_size.
+    k = batch_size if estimator == "batch" else 0
+    how = Estimator(estimator, method, k, nonfinite != "propagate", axis, has_aux)
+    programs = programs_of(loss_fn)
+    # Data on the host is moved because it was asked for: transfer guards are about what was not.
+    with auto_context(), jax.transfer_guard("allow"):
+        inputs = Inputs(params, state, jnp.asarray(seed, jnp.uint32))
+        found, sums = _measured(programs, how, layout, inputs, data, batch_size, nonfinite, confidence, progress)
     _warn_of_zeros(found, sums)
     return found
 
@@ -210,6 +223,7 @@ def _measured(
     layout: Layout | None,
     inputs: Inputs,
     data: Any,
+    batch_size: int,
     nonfinite: str,
     confidence: bool,
     progress: bool,
@@ -221,8 +235,8 @@ def _measured(
     else:
         params, state = layout.place((params, state))
         if not how.by_example:
-            _validate.divides("the data axis", layout.num_shards, "batch_size", how.batch_size)
-    read = functools.partial(batches_of, data, how.batch_size, layout, whole=not how.by_example)
+            _validate.divides("the data axis", layout.num_shards, "batch_size", batch_size)
+    read = functools.partial(batches_of, data, batch_size, layout, whole=not how.by_example)
     inputs = inputs._replace(params=params, state=state)
     run, batches = Run(programs, how, layout, inputs, nonfinite, confidence), read()
     with _bar(progress, batches.number) as bar:

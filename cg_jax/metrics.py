@@ -1,13 +1,20 @@
 """Coherence and its relatives: ratios of the sums in GradMoments."""
 
+import collections
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cg_jax import _compat, trees
-from cg_jax.moments import GradMoments
+from cg_jax.moments import GradMoments, require_moments
+
+# What alpha_stderr is until it is asked for.
+_NOT_ASKED_FOR = np.float32(np.nan)
 
 
 class Ratios(NamedTuple):
@@ -23,13 +30,14 @@ class Ratios(NamedTuple):
     share: jax.Array  # f, the tensor's part of Q, so that α = Σ f α over the tensors
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Coherence:
     """How much the gradients gᵢ of m examples help each other; made by `cg_jax.coherence`.
 
     With S = Σ gᵢ and Q = Σ ‖gᵢ‖². All fields are scalars; α and r are NaN when all gradients are zero. The bounds hold
-    to rounding. Never compare r across different m.
+    to rounding. Never compare r across different m. A pytree, whose leaves are the fields; not alpha_stderr unless it
+    was asked for, since `jax.debug_nans` would stop at its NaN in the result of a jitted function.
     """
 
     alpha: jax.Array
@@ -52,17 +60,49 @@ class Coherence:
     """m, the number of examples that were measured."""
     num_skipped: jax.Array
     """Examples left out: their gradient was not finite, or (estimator "batch") they filled no whole batch."""
-    alpha_stderr: jax.Array
+    alpha_stderr: jax.Array | np.floating
     """Standard error of α; NaN unless it was asked for. What it is of, `measure_coherence` says for each estimator.
     That of r is m times it, that of alpha_unbiased m / (m − 1) times. There is none of single tensors."""
     per_tensor: dict[str, Ratios]
-    """Path of each parameter tensor → its ratios; α = Σ share · α over the tensors."""
+    """Path of each parameter tensor → its ratios, in the order of the parameters' leaves; α = Σ share · α over them.
+    Keys are joined by "/"; one that holds a "/" itself is quoted, and no two tensors share a name."""
 
     def __str__(self) -> str:
         if _compat.is_tracer(self.alpha):  # has no digits yet
             return repr(self)
-        error = "" if jnp.isnan(self.alpha_stderr) else f" ± {self.alpha_stderr:.2g}"
-        return f"Coherence(α={self.alpha:.4g}{error}, r={self.m_coherence:.4g} of {self.count}, loss={self.loss:.4g})"
+        shown = (self.alpha, self.m_coherence, self.loss, self.count, self.alpha_stderr)
+        alpha, r, loss, count, error = jax.device_get(shown)
+        error = "" if np.isnan(error) else f" ± {error:.2g}"
+        return f"Coherence(α={alpha:.4g}{error}, r={r:.4g} of {count}, loss={loss:.4g})"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        """(every field under its name, nothing); None for a standard error that was not asked for."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        if isinstance(self.per_tensor, dict):  # JAX sorts the keys of a dict
+            values["per_tensor"] = collections.OrderedDict(self.per_tensor)
+        if self.alpha_stderr is _NOT_ASKED_FOR:
+            values["alpha_stderr"] = None
+        return tuple((jax.tree_util.GetAttrKey(name), value) for name, value in values.items()), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, values: Any) -> "Coherence":
+        """Inverse of `tree_flatten_with_keys`."""
+        fields = dict(zip(_FIELDS, values, strict=True))
+        if isinstance(fields["per_tensor"], dict):
+            fields["per_tensor"] = dict(fields["per_tensor"])
+        if fields["alpha_stderr"] is None:
+            fields["alpha_stderr"] = _NOT_ASKED_FOR
+        return cls(**fields)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Coherence))
+
+
+@contextlib.contextmanager
+def undefined_ratios() -> Iterator[None]:
+    """While it is open, `jax.debug_nans` and `jax.debug_infs` let results through: 0/0 and 1/0 are answers here."""
+    with jax.debug_nans(False), jax.debug_infs(False):
+        yield
 
 
 def _ratios(sq_norm_sum: jax.Array, sum_sq_norms: jax.Array, count: jax.Array, share: jax.Array) -> Ratios:
@@ -94,7 +134,12 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
         num_skipped: Examples that were left out, handed on into the record.
 
     Returns:
-        A `Coherence`. All gradients zero: α and r are NaN. m = 1: α = r = 1, the unbiased α is NaN. m = 0: NaN.
+        A `Coherence`. All gradients zero: α and r are NaN. m = 1: α = r = 1, the unbiased α is NaN. m = 0: NaN. Under
+        `jax.debug_nans` these raise nothing, but where a jitted function of yours returns one.
+
+    Raises:
+        TypeError: moments is no GradMoments.
+        ValueError: There is no tensor in it.
 
     References:
         Chatterjee & Zielinski, On the Generalization Mystery in Deep Learning, 2022, https://arxiv.org/abs/2203.10036.
@@ -107,6 +152,17 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
         >>> print(f"α = {result.alpha:.4f}, r = {result.m_coherence:.4f}")
         α = 0.7273, r = 2.1818
     """
+    require_moments("moments", moments)
+    if not jax.tree.leaves(moments.sum_grads):
+        raise ValueError("Expected moments of at least one tensor, got none.")
+    # Put there explicitly, as transfer guards want it.
+    skipped = num_skipped if isinstance(num_skipped, jax.Array) else jax.device_put(np.int32(num_skipped))
+    with undefined_ratios():
+        return dataclasses.replace(_coherence(moments), num_skipped=skipped.astype(jnp.int32))
+
+
+@jax.jit
+def _coherence(moments: GradMoments) -> Coherence:
     count = jnp.asarray(moments.count)
     names = trees.paths(moments.sum_grads)
     squares = jax.tree.leaves(trees.sq_norms(moments.sum_grads))
@@ -117,14 +173,13 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
     ratios = jax.lax.optimization_barrier(_ratios(squares, norms, count, norms / norms[0]))
     whole, *parts = zip(*ratios, strict=True)
     whole, *parts = (Ratios(*values) for values in (whole, *parts))
-    per_tensor = dict(zip(names, parts, strict=True))
     fields = whole._asdict()
     del fields["share"]
     return Coherence(
         **fields,
-        loss=moments.sum_losses / count,
+        loss=moments.sum_losses / count.astype(moments.sum_losses.dtype),
         count=count,
-        num_skipped=jnp.asarray(num_skipped, jnp.int32),
-        alpha_stderr=jnp.full_like(whole.alpha, jnp.nan),
-        per_tensor=per_tensor,
+        num_skipped=jnp.zeros((), jnp.int32),
+        alpha_stderr=_NOT_ASKED_FOR,
+        per_tensor=dict(zip(names, parts, strict=True)),
     )

@@ -61,8 +61,7 @@ def micro_batch_grads(
     of_group = _mean_loss(loss_fn, batch_loss, has_aux)
 
     def grads(params: PyTree, batch: PyTree) -> PyTree:
-        _validate.parameters(params)
-        size = _validate.leading_axis("batch", batch)
+        params, batch, size = _validate.arguments(params, batch)
         _validate.divides("k", k, "the batch size B", size)
         specs = functools.partial(_specs, batch_loss=batch_loss)
         rows, aux = explicit.relaxed(of_groups, specs, params, jax.tree.map(jnp.asarray, batch))

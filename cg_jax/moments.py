@@ -62,6 +62,16 @@ class GradMoments(NamedTuple):
         )
 
 
+def require_moments(name: str, value: Any) -> None:
+    """TypeError unless `value` is a GradMoments."""
+    if isinstance(value, GradMoments):
+        return
+    remedy = (
+        "call what grad_moments(loss_fn) returns" if callable(value) else "take grad_moments(loss_fn)(params, batch)"
+    )
+    raise TypeError(f"Expected {name} to be a GradMoments, got {type(value).__name__}; {remedy}.")
+
+
 def merge(a: GradMoments, b: GradMoments) -> GradMoments:
     """Moments of the union of two disjoint sets of examples: the sum, field by field.
 
@@ -69,6 +79,7 @@ def merge(a: GradMoments, b: GradMoments) -> GradMoments:
     the same parameters.
 
     Raises:
+        TypeError: One of them is no GradMoments.
         ValueError: The two were made for parameters of different structure.
 
     Examples:
@@ -78,6 +89,8 @@ def merge(a: GradMoments, b: GradMoments) -> GradMoments:
         >>> int(both.count), float(both.sum_grads), float(both.sum_sq_norms)
         (3, 12.0, 66.0)
     """
+    require_moments("a", a)
+    require_moments("b", b)
     if jax.tree.structure(a) != jax.tree.structure(b):
         raise ValueError(
             "Expected moments of the same parameters, got structures "

@@ -76,8 +76,7 @@ def per_example_grads(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[...
     programs = programs_of(loss_fn)
 
     def grads(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
-        _validate.parameters(params)
-        _validate.leading_axis("batch", batch)
+        params, batch, _ = _validate.arguments(params, batch)
         of_batch = functools.partial(_grads, programs, has_aux)
         return explicit.relaxed(of_batch, functools.partial(_grads_lie, has_aux), params, batch, state)
 
@@ -167,8 +166,8 @@ def alignments(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
     programs = programs_of(loss_fn)
 
     def of_batch(params: PyTree, batch: PyTree, direction: PyTree, state: PyTree = None) -> Any:
-        _validate.parameters(params)
-        _validate.leading_axis("batch", batch)
+        params, batch, _ = _validate.arguments(params, batch)
+        direction = _validate.arrays("direction", direction)
         kept, rest = trees.partition(params)
         along = trees.partition(direction)[0] if jax.tree.leaves(rest) else direction
         _validate.same_structure("direction", along, "params", kept)

@@ -175,13 +175,12 @@ def grad_moments(
         (3, -12.0, 66.0)
     """
     _validate.function("loss_fn", loss_fn)
-    _validate.one_of("method", method, METHODS)
+    _validate.one_of("method", method, METHODS, "call it as grad_moments(loss_fn)(params, batch)")
     _validate.max_bytes(max_bytes)
     programs = programs_of(loss_fn)
 
     def moments(params: PyTree, batch: PyTree, mask: Any = None, state: PyTree = None) -> Any:
-        _validate.parameters(params)
-        size = _validate.leading_axis("batch", batch)
+        params, batch, size = _validate.arguments(params, batch)
         if mask is not None:
             mask = jnp.asarray(mask)
             _validate.mask_shape(mask, size)
@@ -227,13 +226,12 @@ def per_example_sq_norms(
         Array([ 1., 16., 49.], dtype=float32)
     """
     _validate.function("loss_fn", loss_fn)
-    _validate.one_of("method", method, METHODS)
+    _validate.one_of("method", method, METHODS, "call it as per_example_sq_norms(loss_fn)(params, batch)")
     _validate.max_bytes(max_bytes)
     programs = programs_of(loss_fn)
 
     def sq_norms(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
-        _validate.parameters(params)
-        _validate.leading_axis("batch", batch)
+        params, batch, _ = _validate.arguments(params, batch)
         of_batch = functools.partial(_sq_norms, programs, method, max_bytes, has_aux)
         return explicit.relaxed(of_batch, functools.partial(_norms_lie, has_aux), params, batch, state)
 

@@ -16,7 +16,8 @@ from cg_jax._loss import LossFn
 from cg_jax.batches import Batch, Batches
 from cg_jax.estimators import Estimator, Inputs, OfRows, Sums, add_batch, deviations
 from cg_jax.layout import Layout, Specs
-from cg_jax.metrics import Coherence
+from cg_jax.metrics import Coherence, undefined_ratios
+from cg_jax.moments import GradMoments
 
 PyTree = Any
 
@@ -95,6 +96,20 @@ def _zero(layout: Layout | None, dtype: Any) -> jax.Array:
     return layout.zeros(jax.ShapeDtypeStruct((), dtype), [None], by_shard=True)
 
 
+@jax.jit
+def _means(moments: GradMoments) -> tuple[PyTree, jax.Array]:
+    """(the mean gradient, the mean squared norm)."""
+    mean_grad = jax.tree.map(lambda s: s / moments.count.astype(s.dtype), moments.sum_grads)
+    total = trees.total(moments.sum_sq_norms)
+    return mean_grad, total / moments.count.astype(total.dtype)
+
+
+@jax.jit
+def _stderr(total: jax.Array, count: jax.Array) -> jax.Array:
+    """The standard error of α from the squared deviations of all devices."""
+    return jnp.where(count > 1, jnp.sqrt(total.sum()) / count.astype(total.dtype), jnp.nan)
+
+
 def _raise_nonfinite(bad: np.ndarray, batch: Batch, how: Estimator, layout: Layout | None) -> None:
     row = int(np.argmax(bad >= 0))
     number, where = int((bad >= 0).sum()), str(bad[row])
@@ -156,7 +171,8 @@ class Run(NamedTuple):
 
     def finish(self, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
         """(the coherence, the sums over all devices)."""
-        return self.call(_finish, sums, skipped)
+        with undefined_ratios():
+            return self.call(_finish, sums, skipped)
 
     def settle(self, sums: Any, batch: Batch, of_rows: OfRows) -> tuple[Sums, int]:
         """(sums, examples skipped), once a batch that was left out for its flags is dealt with."""
@@ -173,10 +189,11 @@ class Run(NamedTuple):
 
     def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:
         """The infinitesimal jackknife's standard error of α, by one more pass."""
-        mean_grad = jax.tree.map(lambda s: s / sums.moments.count, sums.moments.sum_grads)
-        mean_sq_norm = trees.total(sums.moments.sum_sq_norms) / sums.moments.count
+        with undefined_ratios():
+            mean_grad, mean_sq_norm = _means(sums.moments)
         inputs = (self.inputs.params, self.inputs.state, mean_grad, found.alpha, mean_sq_norm)
         total = _zero(self.layout, found.alpha.dtype)
         for batch, (ids, sq_norms) in zip(batches.batches, by_batch, strict=True):
             total = self.call(_deviation_step, inputs, total, (batch.rows, ids, sq_norms))
-        return jnp.where(found.count > 1, jnp.sqrt(total.sum()) / found.count, jnp.nan)
+        with undefined_ratios():
+            return _stderr(total, found.count)

@@ -4,6 +4,7 @@ A tree of parameters may hold integer or boolean leaves (counters, look-up table
 `partition` takes them out, leaving None, and `combine` puts them back.
 """
 
+import collections
 from typing import Any
 
 import jax
@@ -87,6 +88,25 @@ def add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def paths(tree: PyTree) -> list[str]:
-    """The path of each leaf, parts joined by "/", in the order of jax.tree.leaves."""
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    """A name for each leaf, in the order of jax.tree.leaves, no two alike: the keys of its path joined by "/".
+
+    A key that is empty, holds a "/" or begins like a quoted one is quoted as in Python: {"a/b": …} is 'a/b', quotes and
+    all. Where two names are still the same (keys 0 and "0" of one node, an attribute and a key of one name), those
+    leaves go by JAX's own notation, <['0']>, and by their place in the tree where that is the same too, <[0]>#1.
+    """
+    found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = ["/".join(map(_key_text, path)) for path in found]
+    names = _told_apart(names, [f"<{jax.tree_util.keystr(path)}>" for path in found])
+    return _told_apart(names, [f"{name}#{i}" for i, name in enumerate(names)])
+
+
+def _told_apart(names: list[str], longer: list[str]) -> list[str]:
+    """The names, but the longer one for each that is there twice."""
+    counts = collections.Counter(names)
+    return [long if counts[name] > 1 else name for name, long in zip(names, longer, strict=True)]
+
+
+def _key_text(entry: Any) -> str:
+    """One key of a path; quoted where the name could be read in another way."""
+    text = jax.tree_util.keystr((entry,), simple=True)
+    return repr(text) if not text or "/" in text or text[0] in "'\"<" else text

@@ -1,5 +1,8 @@
 """Coherence and its relatives: numbers by hand, and properties of any gradients."""
 
+import collections
+import dataclasses
+
 import hypothesis.extra.numpy as npst
 import jax
 import jax.numpy as jnp
@@ -224,3 +227,27 @@ def test_the_program_grows_in_proportion_to_the_tensors():
         return jax.jit(cg.coherence).lower(moments).compile().as_text().count(" = ")
 
     assert instructions(120) < 5 * instructions(30)
+
+
+def test_the_record_keeps_the_order_of_the_parameters():
+    tree = collections.OrderedDict({"b": jnp.ones((2, 2)), "a": jnp.ones((2, 3)), "n": None})
+    sums, squares = jax.tree.map(lambda g: g.sum(0), tree), jax.tree.map(lambda g: (g**2).sum(), tree)
+    moments = cg.GradMoments(jnp.asarray(2), jnp.asarray(0.0), sums, squares)
+    for call in (cg.coherence, jax.jit(cg.coherence)):
+        assert list(call(moments).per_tensor) == ["b", "a"]
+
+
+def test_a_standard_error_that_was_not_asked_for_is_no_leaf():
+    result = _coherence([[1.0, 2.0], [0.5, 1.0]])
+    named = lambda result: {str(path[0]) for path, _ in jax.tree_util.tree_leaves_with_path(result)}  # noqa: E731
+    assert named(result) == {f".{field.name}" for field in dataclasses.fields(result)} - {".alpha_stderr"}
+    again = jax.jit(lambda result: jax.tree.map(lambda leaf: 2 * leaf, result))(result)
+    assert np.isnan(again.alpha_stderr)
+    assert float(again.alpha) == 2 * float(result.alpha)
+    given = dataclasses.replace(result, alpha_stderr=jnp.asarray(0.25))
+    assert ".alpha_stderr" in named(given)
+    assert float(jax.jit(lambda result: result)(given).alpha_stderr) == 0.25
+    assert "± 0.25" in str(given)
+    assert "±" not in str(result)
+    many = jax.vmap(cg.coherence)(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), _moments(np.eye(2))))
+    assert many.alpha.shape == (2,)

@@ -52,6 +52,8 @@ def measurements(number, process):
     yield "jackknife", measure(own(data), confidence=True)
     yield "batches", measure(in_batches(own(data), BATCH // number))
     yield "uneven batches", measure(in_batches(own(data), 1 + process))
+    yield "one batch", measure(own(data), batch_size=10**9)
+    yield "small batches", measure(in_batches(own(data), 1 + process), batch_size=10**9)
     yield "skip", measure(own(spoilt), nonfinite="skip")
     # Process p's rows of a batch are its p-th part: the batches are those of one process.
     parts = [leaf[:96].reshape(6, number, BATCH // number, *leaf.shape[1:])[:, process] for leaf in data]

@@ -87,7 +87,7 @@ def explain(
         [('b', 'elementwise', ''), ('w', 'closed', '')]
     """
     _validate.function("loss_fn", loss_fn)
-    _validate.parameters(params)
+    params, example = _validate.parameters(params), _validate.arrays("example", example, shapes=True)
     _validate.max_bytes(max_bytes)
     params, example = jax.tree.map(_shaped, (params, example))
     loss_fn = with_state(loss_fn, jax.tree.map(_value, state))
@@ -116,7 +116,7 @@ _SAME = "the loss ignores the example: one gradient serves all"
 
 def _shaped(leaf: Any) -> Any:
     """Arrays as they are, Python numbers as arrays."""
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.numpy.asarray(leaf)
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.device_put(leaf)
 
 
 def _value(leaf: Any) -> Any:

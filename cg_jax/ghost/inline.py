@@ -57,7 +57,7 @@ class InlinePlan:
         def outputs(value: jax.Array) -> jax.Array:
             for step in self.path.inner:
                 value = _compat.bind(step.eqn, [value])[step.output]
-            operands = [None] * len(self.use.site.eqn.invars)
+            operands: list[Any] = [None] * len(self.use.site.eqn.invars)
             operands[self.position] = value
             for i, each in zip(self.use.site.dynamic, seen, strict=True):
                 operands[i] = each

@@ -40,8 +40,8 @@ def add(
     `inner` gives ⟨hᵢ, v⟩ [B] of a direction v, `exact` the squared norms from gradients that are built.
     """
     along = _along(program, env, tensor, traces)
-    own = sum(c * d * jnp.vdot(v, w) for c, v in along for d, w in along)
-    total = sum(c.sum() * v for c, v in along)
+    own = trees.total([c * d * jnp.vdot(v, w) for c, v in along for d, w in along])
+    total = trees.total([c.sum() * v for c, v in along])
     if others is None:
         return own, total
     sq_norms, sum_of_others = others
