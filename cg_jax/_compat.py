@@ -176,7 +176,7 @@ def operations(eqn: Any) -> int:
         return 2 * made * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
     if eqn.primitive.name == "conv_general_dilated":
         kernel = eqn.invars[1].aval
-        return 2 * made * kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * made * kernel.size // max(1, kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]])
     return made
 
 

@@ -105,10 +105,12 @@ def undefined_ratios() -> Iterator[None]:
         yield
 
 
-def _ratios(sq_norm_sum: jax.Array, sum_sq_norms: jax.Array, count: jax.Array, share: jax.Array) -> Ratios:
-    """The ratios from ‖S‖², Q and m."""
+def _ratios(
+    sq_norm_sum: jax.Array, scale: jax.Array, sum_sq_norms: jax.Array, count: jax.Array, share: jax.Array
+) -> Ratios:
+    """The ratios from ‖scale · S‖², Q and m; the scale is a power of two."""
     m = count.astype(sum_sq_norms.dtype)
-    r = sq_norm_sum / sum_sq_norms
+    r = sq_norm_sum / sum_sq_norms / scale**2
     alpha = r / m
     # r − 1 is not exactly 0 for one example, so that 0/0 alone would not say NaN.
     unbiased = jnp.where(count > 1, (r - 1) / jnp.where(count > 1, m - 1, 1), jnp.nan)
@@ -118,8 +120,8 @@ def _ratios(sq_norm_sum: jax.Array, sum_sq_norms: jax.Array, count: jax.Array, s
         alpha_unbiased=unbiased,
         noise_scale=(1 - alpha) / alpha,
         noise_scale_unbiased=(1 - unbiased) / unbiased,
-        diversity=sum_sq_norms / sq_norm_sum,
-        mean_grad_norm=jnp.sqrt(sq_norm_sum) / m,
+        diversity=sum_sq_norms / sq_norm_sum * scale**2,
+        mean_grad_norm=jnp.sqrt(sq_norm_sum) / scale / m,
         share=share,
     )
 
@@ -161,16 +163,23 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
         return dataclasses.replace(_coherence(moments), num_skipped=skipped.astype(jnp.int32))
 
 
+def _scale(sums: Any) -> jax.Array:
+    """A power of two by which ‖S‖² stays in range wherever Q does; 1 where nothing is near its end."""
+    largest = jnp.stack([jnp.abs(leaf).max(initial=0).astype(jnp.float32) for leaf in jax.tree.leaves(sums)]).max()
+    return jnp.where(largest > 2.0**50, jnp.float32(2.0**-50), jnp.float32(1))
+
+
 @jax.jit
 def _coherence(moments: GradMoments) -> Coherence:
     count = jnp.asarray(moments.count)
     names = trees.paths(moments.sum_grads)
-    squares = jax.tree.leaves(trees.sq_norms(moments.sum_grads))
+    scale = _scale(moments.sum_grads)
+    squares = jax.tree.leaves(trees.sq_norms(jax.tree.map(lambda s: s * scale.astype(s.dtype), moments.sum_grads)))
     norms = jax.tree.leaves(moments.sum_sq_norms)
     # The whole and the tensors in one vector: as scalars of their own, those of a deep network take minutes to compile.
     squares, norms = (jnp.stack(leaves) for leaves in (squares, norms))
     squares, norms = (jnp.append(values.sum(), values) for values in (squares, norms))
-    ratios = jax.lax.optimization_barrier(_ratios(squares, norms, count, norms / norms[0]))
+    ratios = jax.lax.optimization_barrier(_ratios(squares, scale.astype(squares.dtype), norms, count, norms / norms[0]))
     whole, *parts = zip(*ratios, strict=True)
     whole, *parts = (Ratios(*values) for values in (whole, *parts))
     fields = whole._asdict()

@@ -179,17 +179,18 @@ def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:
 def _rule_plan(program: Program, parameter: int, places: list[Place], limit: int) -> RulePlan | str:
     """The plan of a tensor by a rule, or why there is none; an elementwise use has no need of one, and no reason."""
     many = f"used {len(places)} times: gradients add up before they are squared"
-    paths = [path_of(program, use, position, parameter) for use, position in places]
-    if len(places) == 1 and (reason := _without_rule(program, places[0], paths[0])) is not None:
+    ways = [path_of(program, use, position, parameter) for use, position in places]
+    if len(places) == 1 and (reason := _without_rule(program, places[0], ways[0])) is not None:
         return reason
+    paths = tuple(path for path in ways if path is not None)
+    if len(paths) < len(places):
+        return many
     itemsize = trees.accumulator_dtype(program.parameters[parameter].aval.dtype).itemsize
     if len(places) == 1 and (rule := _norm(places[0], paths[0])) is not None:
-        return RulePlan(
-            parameter, tuple(places), tuple(paths), rule, "norm", _norm_chunk(places[0][0], limit), itemsize
-        )
+        return RulePlan(parameter, tuple(places), paths, rule, "norm", _norm_chunk(places[0][0], limit), itemsize)
     products = []
     for place, path in zip(places, paths, strict=True):
-        product = None if path is None else product_of(program, place, path, parameter, alone=len(places) == 1)
+        product = product_of(program, place, path, parameter, alone=len(places) == 1)
         if product is None:
             return many if len(places) > 1 else f"transformed by more than a linear view before {_name(place)}"
         products.append(product)
@@ -202,7 +203,7 @@ def _rule_plan(program: Program, parameter: int, places: list[Place], limit: int
     if not product.rearranges and places[0][0].nested is not None:
         form = "instantiate"  # the primitive's own vjp, which would form the sum, stands in the body
     chunk = product_chunk(product, form, itemsize, limit)
-    return RulePlan(parameter, tuple(places), tuple(paths), product, form, chunk, itemsize)
+    return RulePlan(parameter, tuple(places), paths, product, form, chunk, itemsize)
 
 
 def _without_rule(program: Program, place: Place, path: Path | None) -> str | None:
