@@ -20,7 +20,8 @@ LABELS = {"cg_jax": "cg_jax", "vmap": "vmap(grad)", "micro_grad": "optax micro_g
 
 def costs(results: list[dict[str, Any]], path: Path) -> None:
     """Time and memory of every side over the plain gradient's, model by model, over batch sizes."""
-    names = list(dict.fromkeys(row["name"] for row in results))
+    every = [row["name"] for row in results]
+    names = [name for name in dict.fromkeys(every) if every.count(name) > 1]
     fig, axes = plt.subplots(2, len(names), figsize=(3.1 * len(names), 6), sharey="row", layout="constrained")
     for column, name in enumerate(names):
         rows = [row for row in results if row["name"] == name]

@@ -267,6 +267,13 @@ def vary_like(tree: Any, other: Any) -> Any:
     return jax.tree.map(lambda leaf, like: vary(leaf, _varying(like)), tree, other)
 
 
+def transposed(f: Callable[..., Any], shape: Sequence[int], cotangent: Any) -> Any:
+    """fᵀ(cotangent) of a linear f of one array of that shape, in the cotangent's dtype, without a sum over devices."""
+    (leaf, *_) = jax.tree.leaves(cotangent)
+    zeros_in = vary(jax.numpy.zeros(tuple(shape), leaf.dtype), varying_axes(cotangent))
+    return jax.vjp(f, zeros_in)[1](cotangent)[0]
+
+
 def auto_shards(tree: Any) -> int:
     """Over how many devices at most the compiler may divide arrays: those of Auto axes of the mesh that they are on."""
     sizes = [1]

@@ -52,13 +52,14 @@ def _measured(d, loss=loss_fn, data=X, batch_size=4, **more):
 
 
 def _steps(optimizer, rows):
-    """Four steps, compiled."""
+    """Four steps, compiled, of a parameter like the last of the axes."""
 
     @jax.jit
     def run(rows):
-        state, seen = optimizer.init(rows[0]), []
+        params = jnp.ones(rows.shape[-1:])
+        state, seen = optimizer.init(params), []
         for row in rows:
-            updates, state = optimizer.update(row, state, rows[0])
+            updates, state = optimizer.update(row, state, params)
             seen.append(updates)
         return seen
 

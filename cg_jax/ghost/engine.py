@@ -198,10 +198,11 @@ def _along_view(
 ) -> jax.Array:
     """⟨gᵢ, v⟩ [B] of a tensor's one use, which is linear in it: the cotangent times the results at v."""
     ((use, position),) = tensor.places
-    view = jax.linear_transpose(
+    view = _compat.transposed(
         lambda g: to_parameter(program, (use, position), tensor.paths[0], tensor.parameter, env, g),
-        jax.ShapeDtypeStruct(use.site.eqn.invars[position].aval.shape, direction.dtype),
-    )(direction)[0]
+        use.site.eqn.invars[position].aval.shape,
+        direction,
+    )
 
     def one(trace: Any) -> jax.Array:
         seen, (cotangent,) = trace
@@ -246,7 +247,7 @@ def _sum_by_vjp(
             return jax.vmap(one)([widen(x) for x in seen])
 
         # All that has a rule is linear in the view.
-        return jax.linear_transpose(outputs, jax.ShapeDtypeStruct(view.shape, dtype))(widen(cotangent))[0]
+        return _compat.transposed(outputs, view.shape, widen(cotangent))
 
     if path.is_slice:
         total = jax.vmap(total, in_axes=1)

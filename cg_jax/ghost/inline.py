@@ -63,8 +63,7 @@ class InlinePlan:
                 operands[i] = each
             return _compat.bind(self.use.site.eqn, operands)[0]
 
-        (grad,) = jax.vjp(outputs, jnp.zeros(first.aval.shape, first.aval.dtype))[1](cotangent)
-        return grad
+        return _compat.transposed(outputs, first.aval.shape, cotangent)
 
     def tap(self, value: jax.Array, number: jax.Array, seen: list[jax.Array]) -> jax.Array:
         """`value`; the cotangent of `number` is ‖gᵢ‖² of this step."""

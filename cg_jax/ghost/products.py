@@ -119,8 +119,7 @@ def sum_of_products(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax
 def along(product: Product, x: Any, cotangent: Any, direction: jax.Array) -> jax.Array:
     """⟨gᵢ, v⟩ [B] = Σₜ aₜᵀ V bₜ, with V the direction v as a gradient of the product."""
     n, _, d, p = product.dims
-    layout = jax.ShapeDtypeStruct((n, d, p), direction.dtype)
-    (matrix,) = jax.linear_transpose(product.to_view, layout)(direction)
+    matrix = _compat.transposed(product.to_view, (n, d, p), direction)
     if product.scale is not None:
         matrix = matrix * product.scale.astype(matrix.dtype)
     a, b, letters = _factors(product, x, cotangent)

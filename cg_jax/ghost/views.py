@@ -100,5 +100,5 @@ def undo(steps: Sequence[Step], like: Any, total: jax.Array, read: Read) -> jax.
 
     if all(step.is_identity for step in steps):
         return total
-    _, pull = jax.vjp(forward, widen(like))
+    _, pull = jax.vjp(forward, _compat.vary(widen(like), _compat.varying_axes(total)))
     return pull(total)[0]
