@@ -4,12 +4,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 JAX := $(shell grep '^jax==' requirements.txt)
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test test-all lint types bench clean
 
 demo: .venv/stamp
 	$(BIN)/python -m experiments demo
 
 test: .venv/stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/stamp
 	$(BIN)/python -m pytest
 
 lint: .venv/stamp

@@ -22,6 +22,8 @@ class InMemory:
         found = data.load(config.data, folder=config.data_dir, num_train=config.num_train, num_test=config.num_test)
         self._config, self._data = config, found
         self.num_train, self.num_classes = len(found.train_labels), found.num_classes
+        self.image_shape = found.train_images.shape[1:]
+        self.measured = {"train": self.num_train, "test": len(found.test_labels)}
 
     def noisy(self, keys: Keys, train: float, test: float) -> "OnDevices":
         """Copies on all devices."""
@@ -62,7 +64,5 @@ class OnDevices:
     def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
         """Coherence of the whole sample, and predictions on it."""
         batch_size = self._batch_size(sample)
-        found = coherence_of(
-            self._config, model, params, self._there[sample], size=len(self._labels[sample][0]), batch_size=batch_size
-        )
+        found = coherence_of(self._config, model, params, self._there[sample], batch_size=batch_size)
         return found, self.guess(sample, model, params)

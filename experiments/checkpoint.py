@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments.errors import first_line
+
 # How many steps one training of a run may have; orders checkpoints by training, then by step.
 _MOST_STEPS = 10**9
 # A checkpoint that is not the newest is kept until two newer ones are whole.
@@ -70,7 +72,7 @@ class Checkpoints:
             (folder / f"{_DIGEST}.tmp").write_text(_digest(folder), encoding="utf-8")
             os.replace(folder / f"{_DIGEST}.tmp", folder / _DIGEST)
         except Exception as error:
-            raise OSError(f"Expected to write a checkpoint to {self._folder}, got: {_first_line(error)}") from error
+            raise OSError(f"Expected to write a checkpoint to {self._folder}, got: {first_line(error)}") from error
 
     def restore(self, metrics_bytes: int) -> tuple[Position, list[np.ndarray]] | None:
         """(how far the newest whole checkpoint is, the leaves of its state), of a run with so much in metrics.jsonl.
@@ -87,7 +89,7 @@ class Checkpoints:
                 if found[0].metrics_bytes > metrics_bytes:
                     raise ValueError("metrics.jsonl is shorter than it was then")
             except Exception as error:  # whatever a damaged file makes the reader say
-                print(f"Checkpoint {number} is damaged: {_first_line(error)}", file=sys.stderr)
+                print(f"Checkpoint {number} is damaged: {first_line(error)}", file=sys.stderr)
                 damaged.append(number)
                 continue
             if damaged:
@@ -121,10 +123,6 @@ class Checkpoints:
             for i, (shape, dtype) in enumerate(kinds)
         ]
         return Position(**about), leaves
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _digest(folder: Path) -> str:

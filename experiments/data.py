@@ -2,11 +2,14 @@
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from experiments.errors import first_line
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -28,8 +31,8 @@ def load(
     """The data set called `name`, the first num_train and num_test examples of it.
 
     Raises:
-        ValueError: Fewer examples than were asked for.
-        FileNotFoundError: No source of fashion_mnist was found; says what to do.
+        ValueError: Fewer examples than were asked for, or damaged files.
+        OSError: The files of fashion_mnist are not there or cannot be read; says what to do.
     """
     loaders = {"mnist5k": _mnist5k, "digits": _digits, "fashion_mnist": lambda: _fashion_mnist(folder)}
     data = loaders[name]()
@@ -90,22 +93,44 @@ def _digits() -> Dataset:
 
 def _idx(path: Path) -> np.ndarray:
     """The array of unsigned bytes in a gzipped IDX file (LeCun's format)."""
-    raw = gzip.decompress(path.read_bytes())
-    if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"Expected a gzipped IDX file of unsigned bytes, got {path.name}, which is none.")
-    shape = np.frombuffer(raw, ">i4", raw[3], offset=4)
-    if len(raw) != 4 + 4 * raw[3] + math.prod(shape.tolist()):
-        raise ValueError(f"Expected {path.name} to hold an array of shape {shape.tolist()}, got a file cut short.")
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        what = f"got {path}, which is damaged or no such file ({error})"
+        raise ValueError(f"Expected a gzipped IDX file of unsigned bytes, {what}.") from None
+    if raw[:3] != b"\0\0\x08" or len(raw) < 4 or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"Expected a gzipped IDX file of unsigned bytes, got {path}, which is none.")
+    shape = np.frombuffer(raw, ">i4", raw[3], offset=4).tolist()
+    if min(shape, default=0) < 0 or len(raw) != 4 + 4 * raw[3] + math.prod(shape):
+        raise ValueError(f"Expected {path} to hold an array of shape {shape}, got a file cut short, or too long.")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
-def _fashion_mnist(folder: Path | None) -> Dataset:
-    folder = folder or _DEBIAN_FASHION_MNIST
+def _fashion_mnist_from_idx(folder: Path) -> list[np.ndarray]:
+    """Train images, train labels, test images, test labels, from the four files."""
     names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    if all((folder / name).is_file() for name in names):
-        arrays = [_idx(folder / name) for name in names]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"Expected the four IDX files of Fashion-MNIST in {folder}, got none called {' or '.join(missing)}; name "
+            "their folder with --data-dir, or install Debian's package dataset-fashion-mnist and leave it out."
+        )
+    arrays = [_idx(folder / name) for name in names]
+    for i in (0, 2):
+        images, labels = arrays[i : i + 2]
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not labels.size or labels.max() > 9:
+            raise ValueError(
+                f"Expected images [m, 28, 28] in {folder / names[i]} and labels [m] below 10 in {names[i + 1]}, got "
+                f"shapes {[*images.shape]} and {[*labels.shape]} and labels up to {labels.max(initial=0)}."
+            )
+    return arrays
+
+
+def _fashion_mnist(folder: Path | None) -> Dataset:
+    if folder is None and not _DEBIAN_FASHION_MNIST.is_dir():
+        arrays = _fashion_mnist_from_tfds()
     else:
-        arrays = _fashion_mnist_from_tfds(folder)
+        arrays = _fashion_mnist_from_idx(folder or _DEBIAN_FASHION_MNIST)
     train_images, train_labels, test_images, test_labels = arrays
     return Dataset(
         train_images.astype(np.float32)[..., None] / 255,
@@ -116,18 +141,19 @@ def _fashion_mnist(folder: Path | None) -> Dataset:
     )
 
 
-def _fashion_mnist_from_tfds(folder: Path) -> list[np.ndarray]:
+def _fashion_mnist_from_tfds() -> list[np.ndarray]:
     """Train images, train labels, test images, test labels, through TensorFlow Datasets."""
     try:
         import tensorflow_datasets as tfds
-    except ImportError:
-        raise FileNotFoundError(
-            f"Expected the four IDX files of Fashion-MNIST (train-images-idx3-ubyte.gz, …) in {folder}, found none. "
-            "Install Debian's package dataset-fashion-mnist, name their folder with --data-dir, or install the extra "
-            "tfds to download them."
+
+        arrays = []
+        for split in ("train", "test"):
+            part = tfds.as_numpy(tfds.load("fashion_mnist", split=split, batch_size=-1))
+            arrays += [part["image"][..., 0], part["label"]]
+    except Exception as error:  # whatever a missing package, a failed download or a damaged file makes it say
+        raise OSError(
+            "Expected to read Fashion-MNIST through TensorFlow Datasets, as neither data_dir nor Debian's package "
+            f"dataset-fashion-mnist is there, got {first_line(error)}; name the folder of the four IDX files with "
+            "--data-dir, or install that package, or the extra tfds."
         ) from None
-    arrays = []
-    for split in ("train", "test"):
-        part = tfds.as_numpy(tfds.load("fashion_mnist", split=split, batch_size=-1))
-        arrays += [part["image"][..., 0], part["label"]]
     return arrays

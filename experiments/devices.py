@@ -8,7 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,11 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.configs import Cluster
+from experiments.errors import OF_INPUTS
 
 # When a process has not answered for so long, the others end.
 _SECONDS = 20
 # The options of a process, as JSON, are shorter than this.
 _MOST_BYTES = 8192
+
+Result = TypeVar("Result")
 
 
 def start(cluster: Cluster) -> None:
@@ -116,14 +119,24 @@ def writes() -> bool:
     return jax.process_index() == 0
 
 
-def agreed(error: Exception | None) -> None:
-    """Raise `error`, which the first process met, in it; end the others."""
+def together(first: Callable[[], Result], others: Callable[[], Result]) -> Result:
+    """What `first` returns, in the first process, and `others`, in the others; where one fails, all end.
+
+    Raises:
+        ValueError: Another process failed.
+    """
+    error: Exception | None = None
+    try:
+        result = first() if writes() else others()
+    except OF_INPUTS as met:
+        error = met
     if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
-        if failed and error is None:
-            raise ValueError("the first process says why.")
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(error is not None)))
+        if failed.size and error is None:
+            raise ValueError(f"Process {failed[0]} could not go on, and says why.")
     if error is not None:
         raise error
+    return result  # type: ignore[possibly-unbound]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Classification sets of TensorFlow Datasets, read and decoded from prepared files while a network trains."""
 
+import contextlib
 import functools
 import io
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import cg_jax as cg
 from experiments import data, models
 from experiments.configs import TFDS, Config
 from experiments.devices import devices
+from experiments.errors import first_line
 from experiments.source import Guesses, coherence_of
 from experiments.train import Keys, epoch_order, steps_per_epoch
 
@@ -46,38 +49,61 @@ def _prepared(name: str, folder: Path | None) -> Any:
 
     try:
         builder = tfds.builder(name, data_dir=folder)
-    except ValueError as error:
+    except Exception as error:  # whatever an unknown name or a damaged description makes it say
         raise ValueError(
             f"Expected data to be tfds:NAME of TensorFlow Datasets, or of one prepared in data_dir={folder}, got "
-            f"{TFDS}{name}: {str(error).splitlines()[0]}"
+            f"{TFDS}{name}: {first_line(error)}"
         ) from None
-    if not builder.info.splits or builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        where = "" if folder is None else f" --data_dir={folder}"
-        raise FileNotFoundError(
-            f"Expected {name} to be prepared in {builder.data_path} as array_record, found it is not. To prepare it: "
-            f"tfds build {name} --file_format=array_record{where}  (imagenet2012 wants the archives of the challenge "
-            "in downloads/manual of that folder first.)"
-        )
     kinds: Any = builder.info.features
     if not {"image", "label"} <= set(kinds) or not isinstance(kinds["label"], tfds.features.ClassLabel):
         raise ValueError(f"Expected a data set of images, each with a label, got {TFDS}{name} with {list(kinds)}.")
+    if not builder.info.splits or builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise FileNotFoundError(_to_prepare(builder, name, folder))
     return builder
 
 
+def _to_prepare(builder: Any, name: str, folder: Path | None) -> str:
+    """What is wrong where a data set is not prepared as array_record, and the command that prepares it."""
+    root = builder.data_path.parents[len(builder.info.full_name.split("/")) - 1]
+    state, where = "none there", "" if folder is None else f" --data_dir={shlex.quote(str(folder))}"
+    if builder.info.splits:  # TensorFlow Datasets keeps to the format that a folder has
+        state, where = f"it there as {builder.info.file_format.value}", " --data_dir=ANOTHER_FOLDER"
+    manual = root / "downloads" / "manual" if not builder.info.splits else "ANOTHER_FOLDER/downloads/manual"
+    archives = f"; put the archives that it wants into {manual} first" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
+    return (
+        f"Expected {name} to be prepared in {builder.data_path} as array_record, got {state}; run: "
+        f"tfds build {name} --file_format=array_record{where}{archives}"
+    )
+
+
 class Split:
-    """Examples by their number."""
+    """Examples by their number.
+
+    Raises:
+        OSError: A file is damaged, or missing.
+    """
 
     def __init__(self, builder: Any, name: str, image_size: int, limit: int | None) -> None:
         import tensorflow_datasets as tfds
 
-        self._records = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
-        self._image_size = image_size
-        self.size = min(len(self._records), limit or len(self._records))
+        self._what, self._image_size = f"{name} of {builder.data_path}", image_size
+        with self._readable("to read"):
+            self._records = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
+            self.size = min(len(self._records), limit or len(self._records))
+
+    @contextlib.contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a damaged file makes a reader say
+            said = f"{first_line(error)}; prepare the set again"
+            raise OSError(f"Expected {what} {self._what}, got: {said}.") from None
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         """Image [size, size, 3], uint8, and label."""
-        record = self._records[number]
-        return decoded(record["image"], self._image_size), int(record["label"])
+        with self._readable(f"an image as example {number} of"):
+            record = self._records[number]
+            return decoded(record["image"], self._image_size), int(record["label"])
 
 
 class Order(Sequence[int]):
@@ -132,6 +158,14 @@ class Images:
         }
         self.num_train = self._splits["train"].size
         self.num_classes = builder.info.features["label"].num_classes
+        self.image_shape = (config.image_size, config.image_size, 3)
+        processes, most = jax.process_count(), config.num_measured
+        self.measured = {name: min(split.size, most) // processes * processes for name, split in self._splits.items()}
+        if 0 in self.measured.values():
+            sizes = f"{[split.size for split in self._splits.values()]} and num_measured={most}"
+            raise ValueError(f"Expected an example to measure on for each of {processes} processes, got {sizes}.")
+        for split in self._splits.values():
+            split[0]  # what cannot be decoded is known before anything is trained
 
     def noisy(self, keys: Keys, train: float, test: float) -> "Streamed":
         """The same with labels redrawn by the number of the example: the same in every epoch and process."""
@@ -175,8 +209,6 @@ class Streamed:
         """(the numbers of the examples that this process measures on, how many of them make a batch)."""
         size, processes = self._splits[sample].size, jax.process_count()
         share = min(size, self._config.num_measured) // processes
-        if not share:
-            raise ValueError(f"Expected an example to measure on for each of {processes} processes, got {size}.")
         numbers = np.random.default_rng(_SAMPLE_SEED).permutation(size)[jax.process_index() * share :][:share]
         # Of several processes every batch is divided over the devices, and whole; one process may take what is there.
         batch_size = self._config.measure_batch_size // processes
@@ -204,8 +236,7 @@ class Streamed:
     def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
         """Coherence of the sample, and predictions on it, in one reading."""
         found: list[Guesses] = []
-        numbers, batch_size = self._sample(sample)
-        processes = jax.process_count()
-        seen, size = self._seen(sample, model, params, found), processes * len(numbers)
-        coherence = coherence_of(self._config, model, params, seen, size=size, batch_size=processes * batch_size)
+        processes, (_, batch_size) = jax.process_count(), self._sample(sample)
+        seen = self._seen(sample, model, params, found)
+        coherence = coherence_of(self._config, model, params, seen, batch_size=processes * batch_size)
         return coherence, Guesses(*map(np.concatenate, zip(*found, strict=True)))

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from experiments import arrays, models, source
 from experiments.checkpoint import Position
-from experiments.configs import TFDS, Config, how_measured
-from experiments.devices import devices, writes
+from experiments.configs import TFDS, CoherenceConfig, Config, NoiseConfig, how_measured
+from experiments.devices import devices, together, writes
+from experiments.errors import first_line
 from experiments.run import RunFolder
 from experiments.section import Row
 from experiments.train import EPOCH_UNIT, Keys, Recipe, State, trainer
@@ -29,6 +30,13 @@ class Training(NamedTuple):
     noise: tuple[float, float]  # shares of the labels of the training and the test sample that are redrawn
     measure: Callable[[source.Examples, nn.Module, Any], Row]  # of parameters
     shown: Callable[[Row], dict[str, str]]  # beside the bar
+
+
+class Problem(NamedTuple):
+    """What is trained on what."""
+
+    data: source.Source
+    model: nn.Module
 
 
 class Clock:
@@ -59,19 +67,41 @@ def measured_at(per_epoch: int, config: Config) -> list[int]:
     return sorted({*np.round(grid).astype(int).tolist(), *(per_epoch * e for e in epochs), per_epoch * config.epochs})
 
 
-def run(config: Config, folder: RunFolder, trainings: Sequence[Training]) -> None:
+def opened(config: Config) -> Problem:
+    """The data set and the model that the config names, which fit together, before anything is written.
+
+    Raises:
+        ValueError: They do not.
+        OSError: The data cannot be read.
+    """
+    data = _open(config)
+    least = EPOCH_UNIT * config.batch_size
+    if data.num_train < least:
+        what = f"{EPOCH_UNIT} mini-batches of batch_size={config.batch_size}"
+        raise ValueError(f"Expected at least {least} training examples, {what}, got {data.num_train}.")
+    samples = ("train", "test") if isinstance(config, CoherenceConfig) else ("train",)
+    smallest = min(data.measured[sample] for sample in samples)
+    if config.estimator == "batch" and smallest < 2 * config.measure_batch_size:
+        what = f"2 batches of measure_batch_size={config.measure_batch_size} to measure on with estimator batch"
+        raise ValueError(f"Expected at least {what}, got {smallest} examples in a sample.")
+    if isinstance(config, NoiseConfig) and not round(config.noise * data.num_train):
+        raise ValueError(f"Expected noise to be a label or more of {data.num_train}, got noise={config.noise}.")
+    model = models.build(config.model, config.width, config.depth, data.num_classes)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *data.image_shape), np.float32))
+    except Exception as error:  # whatever the layers of a network say of their sizes
+        what = f"width={config.width} and depth={config.depth} for images {[*data.image_shape]}: {first_line(error)}"
+        raise ValueError(f"Expected sizes that {config.model} can have, got {what}") from None
+    return Problem(data, model)
+
+
+def run(config: Config, problem: Problem, folder: RunFolder, trainings: Sequence[Training]) -> None:
     """All trainings, one after another, from where the folder's last checkpoint stands."""
     position, leaves = _position(folder)
     clock = Clock(position.seconds)
-    found = _open(config)
-    least = EPOCH_UNIT * config.batch_size
-    if found.num_train < least:
-        what = f"{EPOCH_UNIT} mini-batches of batch_size={config.batch_size}"
-        raise ValueError(f"Expected at least {least} training examples, {what}, got {found.num_train}.")
-    model = models.build(config.model, config.width, config.depth, found.num_classes)
     for part, training in enumerate(trainings[position.part :], position.part):
         step = position.step if part == position.part else -1
-        _train(config, folder, found, model, training, Position(part, step, 0, clock.seconds), leaves)
+        _train(config, folder, problem, training, Position(part, step, 0, clock.seconds), leaves)
         leaves = None
     if writes():
         print(f"\n{how_measured(config)}")
@@ -80,18 +110,22 @@ def run(config: Config, folder: RunFolder, trainings: Sequence[Training]) -> Non
 
 def _open(config: Config) -> source.Source:
     """The data set that the config names."""
+    if config.data_dir is not None and not config.data_dir.is_dir():
+        what = "which is no folder" if config.data_dir.exists() else "which does not exist"
+        raise NotADirectoryError(f"Expected data_dir to be the folder of {config.data}, got {config.data_dir}, {what}.")
     if not config.data.startswith(TFDS):
         return arrays.InMemory(config)
     try:
         from experiments.images import Images
+
+        return Images(config)
     except ImportError as error:
         raise FileNotFoundError(f"Expected the extra tfds to be installed, to read {config.data}: {error}") from None
-    return Images(config)
 
 
 def _position(folder: RunFolder) -> tuple[Position, list[np.ndarray] | None]:
     """Where to begin, which the first process knows, and its state; the others know how far, and no leaves."""
-    found = folder.restore() if writes() else None
+    found = together(folder.restore, lambda: None)
     position, leaves = found or (Position(0, -1, 0, {}), None)
     if jax.process_count() > 1:
         part, step = multihost_utils.broadcast_one_to_all(np.array(position[:2], np.int32))
@@ -111,18 +145,17 @@ def _filled(state: Any, leaves: list[np.ndarray] | None) -> Any:
 def _train(
     config: Config,
     folder: RunFolder,
-    found: source.Source,
-    model: nn.Module,
+    problem: Problem,
     training: Training,
     start: Position,
     leaves: list[np.ndarray] | None,
 ) -> None:
     """One training, of which `start.step` steps are done."""
-    keys = Keys.of(training.marks["seed"])
+    keys, (data, model) = Keys.of(training.marks["seed"]), problem
     recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at)
-    method = trainer(model, training.method, recipe, found.num_train)
+    method = trainer(model, training.method, recipe, data.num_train)
     wanted, clock, done = measured_at(method.per_epoch, config), Clock(start.seconds), max(start.step, 0)
-    examples = found.noisy(keys, *training.noise)
+    examples = data.noisy(keys, *training.noise)
     state = jax.device_get(method.init(keys.init, examples.first))
     state: State = devices().replicate(state if start.step < 0 else _filled(state, leaves))
 

@@ -23,10 +23,11 @@ QUANTITIES = {
 _LEARNT = 0.9
 
 
-def measure(config: NoiseConfig, folder: RunFolder) -> None:
+def measure(config: NoiseConfig, problem: loop.Problem, folder: RunFolder) -> None:
     """Train by every method, seed by seed, and measure on the way."""
     seeds = range(config.seed, config.seed + config.seeds)
-    loop.run(config, folder, [_training(method, seed, config.noise) for seed in seeds for method in config.methods])
+    trainings = [_training(method, seed, config.noise) for seed in seeds for method in config.methods]
+    loop.run(config, problem, folder, trainings)
 
 
 def _training(method: str, seed: int, noise: float) -> loop.Training:

@@ -1,8 +1,10 @@
 """The folder of a run: what was asked, where it ran, what was measured, what follows."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import numpy as np
 from experiments.checkpoint import Checkpoints, Position
 from experiments.configs import Cluster
 from experiments.devices import writes
+from experiments.lock import LOCK
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,33 +69,61 @@ class RunFolder:
     def restore(self) -> tuple[Position, list[np.ndarray]] | None:
         """(how far the last checkpoint is, the leaves of its state), metrics.jsonl cut back to it."""
         found = self._checkpoints.restore(self._metrics.stat().st_size)
-        os.truncate(self._metrics, found[0].metrics_bytes if found else 0)
-        self.rows = [json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines()]
+        size = found[0].metrics_bytes if found else 0
+        try:
+            self.rows = [json.loads(line) for line in self._metrics.read_bytes()[:size].splitlines()]
+        except ValueError as error:
+            what = f"a damaged one ({error}): name another folder"
+            raise ValueError(f"Expected {self._metrics} as an earlier run wrote it, got {what}.") from None
+        os.truncate(self._metrics, size)
         if found and found[0].step >= 0:
             print(f"Going on from step {found[0].step} of training {found[0].part + 1}.", file=sys.stderr)
         return found
 
 
-def folder_for(out: Path | None, config: Any) -> Path:
-    """The folder to write to: new, empty, or that of an earlier run of the same config, which will be gone on with.
+def new_folder(name: str) -> Path:
+    """Make a folder in runs/, called after the time, that no other run has made."""
+    now = datetime.datetime.now(datetime.UTC)
+    for number in itertools.count(1):
+        path = Path("runs") / f"{name}-{now:%Y%m%d-%H%M%S}{f'-{number}' if number > 1 else ''}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError
+
+
+def require_usable(out: Path, config: Any) -> None:
+    """Check that a folder is new, empty, or that of an earlier run of the same config, which will be gone on with.
 
     Raises:
         FileExistsError: It holds something else.
         ValueError: It holds a run of another config.
     """
-    if out is None:
-        now = datetime.datetime.now(datetime.UTC)
-        return Path("runs") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
     if (out / "config.json").is_file():
-        old, new = json.loads((out / "config.json").read_text(encoding="utf-8")), plain(config)
+        old, new = _config_of(out), plain(config)
         for key in new | old:
             if key not in _FREE and old.get(key) != new.get(key):
                 change = f"{key}={new.get(key)} where it was begun with {key}={old.get(key)}"
                 raise ValueError(f"Expected the options that the run in out={out} was begun with, got {change}.")
-    elif out.exists() and (not out.is_dir() or any(path.name != "config.tmp" for path in out.iterdir())):
-        what = "which holds something else" if out.is_dir() else "which is a file"
-        raise FileExistsError(f"Expected out to be a new or empty folder, or that of a run, got out={out}, {what}.")
-    return out
+    elif out.exists() and not out.is_dir():
+        raise _unusable(out, "which is a file")
+    elif out.exists() and any(path.name not in ("config.tmp", LOCK) for path in out.iterdir()):
+        raise _unusable(out, "which holds something else")
+
+
+def _config_of(out: Path) -> dict[str, Any]:
+    """config.json of a run."""
+    try:
+        content = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unusable(out, f"whose config.json is damaged ({error})") from None
+    if not isinstance(content, dict) or "experiment" not in content:
+        raise _unusable(out, "which holds something else: its config.json is not that of a run")
+    return content
+
+
+def _unusable(out: Path, what: str) -> FileExistsError:
+    return FileExistsError(f"Expected out to be a new or empty folder, or that of a run, got out={out}, {what}.")
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -51,25 +51,20 @@ class Source(Protocol):
 
     num_train: int
     num_classes: int
+    measured: dict[str, int]  # how many examples of the samples "train" and "test" are measured on
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width and channels."""
+        ...
 
     def noisy(self, keys: Keys, train: float, test: float) -> Examples:
         """It with shares `train` and `test` of the labels redrawn."""
         ...
 
 
-def coherence_of(
-    config: Config, model: nn.Module, params: Any, sample: Any, *, size: int, batch_size: int
-) -> cg.Coherence:
-    """Coherence of a sample of `size` examples by the estimator that the config names, on the host.
-
-    Raises:
-        ValueError: Estimator "batch", and fewer than two whole batches.
-    """
-    if config.estimator == "batch" and size < 2 * config.measure_batch_size:
-        least = (
-            f"at least 2 batches of measure_batch_size={config.measure_batch_size} to measure on with estimator batch"
-        )
-        raise ValueError(f"Expected {least}, got {size} examples in a sample.")
+def coherence_of(config: Config, model: nn.Module, params: Any, sample: Any, *, batch_size: int) -> cg.Coherence:
+    """Coherence of a sample by the estimator that the config names, on the host."""
     loss_fn = models.loss_of(model) if config.estimator == "exact" else models.mean_loss_of(model)
     return jax.device_get(
         cg.measure_coherence(

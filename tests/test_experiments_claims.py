@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from experiments import coherence, figures, noise
-from experiments.configs import CoherenceConfig, NoiseConfig, check
+from experiments.checks import check
+from experiments.configs import CoherenceConfig, NoiseConfig
 from experiments.loop import measured_at
 from experiments.section import curve, spread, with_spread
 from experiments.train import METHODS

@@ -1,27 +1,20 @@
 """Data sets, label noise, the order of examples."""
 
 import gzip
-import struct
+import sys
 
 import jax
 import numpy as np
 import pytest
+from idx import NAMES, write_fashion_mnist, write_idx
 
 from experiments import data
 from experiments.train import METHODS, Keys, epoch_rows
 
 
-def _write_idx(path, array):
-    head = struct.pack(f">HBB{array.ndim}i", 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
-
-
 @pytest.fixture
 def idx_folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, size in (("train", 12), ("t10k", 7)):
-        _write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (size, 28, 28)))
-        _write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, size))
+    write_fashion_mnist(tmp_path, 12, 7)
     return tmp_path
 
 
@@ -36,7 +29,7 @@ def test_fashion_mnist_is_read_from_idx_files(idx_folder):
 def test_a_cut_idx_file_is_refused(idx_folder):
     path = idx_folder / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
-    with pytest.raises(ValueError, match=r"Expected t10k-images-idx3-ubyte.gz to hold .* cut short"):
+    with pytest.raises(ValueError, match=r"Expected .*t10k-images-idx3-ubyte.gz to hold .* cut short"):
         data.load("fashion_mnist", folder=idx_folder)
 
 
@@ -47,9 +40,68 @@ def test_a_file_of_another_format_is_refused(idx_folder):
 
 
 def test_without_a_source_the_error_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
-    with pytest.raises(FileNotFoundError, match="Install Debian's package dataset-fashion-mnist"):
-        data.load("fashion_mnist", folder=tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", tmp_path / "none")
+    with pytest.raises(OSError, match=r"neither data_dir nor .* name the folder of the four IDX files with --data-dir"):
+        data.load("fashion_mnist")
+
+
+def test_debians_files_are_read_where_no_folder_is_named(idx_folder, monkeypatch):
+    monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", idx_folder)
+    assert data.load("fashion_mnist").train_images.shape == (12, 28, 28, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_of_the_four_files_is_missed(idx_folder, name):
+    (idx_folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"Expected the four IDX files .*, got none called {name}; name"):
+        data.load("fashion_mnist", folder=idx_folder)
+
+
+_PACKED = gzip.compress(bytes(range(256)) * 40)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no gzip",
+        _PACKED[:9],
+        _PACKED[:-9],
+        _PACKED[:40] + b"\0\0\0\0" + _PACKED[44:],
+        *(b"", gzip.compress(b""), gzip.compress(b"\0\0\x08"), gzip.compress(b"\0\0\x08\3")),
+        gzip.compress(b"\0\0\x08\1\xff\xff\xff\xff"),
+        gzip.compress(b"\0\0\x08\1\0\0\0\5abc"),
+        gzip.compress(b"\0\0\x08\1\0\0\0\2abc"),
+    ],
+)
+def test_a_damaged_file_is_one_error_that_names_it(idx_folder, name, content):
+    (idx_folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^Expected .*{name}"):
+        data.load("fashion_mnist", folder=idx_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        (NAMES[0], np.zeros((12, 28))),
+        (NAMES[0], np.zeros((12, 27, 28))),
+        (NAMES[2], np.zeros((6, 28, 28))),
+        (NAMES[1], np.full(12, 10)),
+        (NAMES[3], np.zeros((7, 1))),
+    ],
+)
+def test_files_that_do_not_fit_together_are_refused(idx_folder, name, array):
+    write_idx(idx_folder / name, array)
+    with pytest.raises(ValueError, match=r"Expected images \[m, 28, 28\] in .* and labels \[m\] below 10 in .*, got"):
+        data.load("fashion_mnist", folder=idx_folder)
+
+
+def test_empty_files_are_refused(idx_folder):
+    write_idx(idx_folder / NAMES[2], np.zeros((0, 28, 28)))
+    write_idx(idx_folder / NAMES[3], np.zeros(0))
+    with pytest.raises(ValueError, match=r"got shapes \[0, 28, 28\] and \[0\] and labels up to 0"):
+        data.load("fashion_mnist", folder=idx_folder)
 
 
 @pytest.mark.parametrize(("name", "train", "test", "side"), [("mnist5k", 4000, 1000, 28), ("digits", 1400, 397, 8)])

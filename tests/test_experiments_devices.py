@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import free_port, outputs, running
 
-from experiments import configs, devices
+from experiments import checks, configs, devices
 from experiments.__main__ import main
 
 SMALL = [
@@ -175,7 +175,7 @@ def test_sigterm_ends_all_processes(tmp_path):
 )
 def test_what_tells_of_other_processes_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        configs.check(configs.NoiseConfig(**options))
+        checks.check(configs.NoiseConfig(**options))
 
 
 def test_a_wrong_cluster_is_one_line_on_the_terminal(capsys):

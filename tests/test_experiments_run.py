@@ -103,6 +103,8 @@ def test_divergence_is_reported_and_what_was_measured_stays(tmp_path, capsys):
     out = tmp_path / "run"
     arguments = [*SMALL, "--epochs", "3", "--learning-rate", "1e20", "--out", str(out)]
     assert main(["coherence", *arguments]) == 1
-    assert "Training diverged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Training diverged: losses or gradients are not finite; try a smaller --learning-rate.\n" in said
+    assert "nonfinite" not in said
     assert len(_rows(out)) >= 1
     assert json.loads((out / "summary.json").read_text())["complete"] is False

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -168,14 +170,14 @@ def test_a_sample_is_measured_as_if_it_lay_in_memory(folder, config):
         (["tfds:mnist"], "tfds build mnist --file_format=array_record --data_dir="),
         (["tfds:no_such_set"], "Expected data to be tfds:NAME of TensorFlow Datasets, or of one prepared"),
         (["no_such_set"], "Expected data in ('mnist5k', 'digits', 'fashion_mnist') or tfds:NAME, got data=no_such_set"),
-        (["tfds:wiki_bio"], "Expected wiki_bio to be prepared"),
+        (["tfds:mnist/no_such_config"], "Expected data to be tfds:NAME of TensorFlow Datasets, or of one prepared"),
+        (["tfds:mnist:9.9.9"], "Expected data to be tfds:NAME of TensorFlow Datasets, or of one prepared"),
+        (["tfds:a b"], "Expected data to be tfds:NAME of TensorFlow Datasets, or of one prepared"),
+        (["tfds:"], "Expected data in ('mnist5k', 'digits', 'fashion_mnist') or tfds:NAME, got data=tfds:."),
+        (["tfds:wiki_bio"], "Expected a data set of images, each with a label, got tfds:wiki_bio with"),
         (["tfds:tiny_images", "--num-train", "2", "--batch-size", "8"], "Expected at least 24 training examples"),
-        (["digits", "--estimator", "batch", "--num-test", "999"], "Expected num_test <= 397"),
-        (
-            ["digits", "--estimator", "batch", "--measure-batch-size", "400"],
-            "2 batches of measure_batch_size=400 to measure",
-        ),
-        (["digits", "--model", "vit_s16"], "Expected images of 16 × 16 pixels or more, got 8 × 8"),
+        (["tfds:tiny_images", "--estimator", "batch", "--batch-size", "8"], "2 batches of measure_batch_size=500 to"),
+        (["tfds:tiny_images", "--batch-size", "8", "--model", "vit_s16", "--image-size", "15"], "16 × 16 pixels or"),
     ],
 )
 def test_what_cannot_be_read_is_one_clear_error(folder, tmp_path, options, message, capsys):
@@ -183,7 +185,51 @@ def test_what_cannot_be_read_is_one_clear_error(folder, tmp_path, options, messa
     assert main(["coherence", "--dataset", *options, *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said
-    assert "Traceback" not in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def _only(prepared, split):
+    (found,) = prepared.glob(f"*{split}.array_record*")
+    return found
+
+
+def _flip_a_third(path):
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    content[len(content) // 3 : 2 * len(content) // 3] ^= 0x5A
+    path.write_bytes(content.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda at: (at / "dataset_info.json").write_text("{"), "Expected data to be tfds:NAME of .*JSON"),
+        (lambda at: (at / "features.json").unlink(), "Expected data to be tfds:NAME of .*not found"),
+        (lambda at: _only(at, "train").unlink(), "an image as example 0 of train of .*No such file"),
+        (
+            lambda at: _only(at, "validation").write_bytes(b""),
+            "an image as example 0 of validation of .*; prepare",
+        ),
+        (lambda at: os.truncate(_only(at, "train"), 10**5), "an image as example 0 of train of .*Corrupted"),
+        (lambda at: _flip_a_third(_only(at, "train")), r"an image as example \d+ of train of .*Corrupted"),
+    ],
+)
+def test_a_damaged_set_is_one_clear_error(folder, tmp_path, damage, message, capfd):
+    prepared = Path(shutil.copytree(folder, tmp_path / "set"))
+    damage(prepared / "tiny_images" / "1.0.0")
+    assert main(_small(prepared, tmp_path / "run")) == 1
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "Error: " in line or "Traceback" in line]
+    assert re.search(message, said)
+
+
+def test_a_set_in_another_format_is_to_be_prepared_in_another_folder(folder, tmp_path, capsys):
+    """TensorFlow Datasets refuses to prepare a second format where there is one."""
+    prepared = Path(shutil.copytree(folder, tmp_path / "set"))
+    info = prepared / "tiny_images" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    assert main(_small(prepared, tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert "got it there as tfrecord; run: tfds build tiny_images --file_format=array_record --data_dir=ANOTHER" in said
 
 
 def _rows(out):

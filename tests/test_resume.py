@@ -109,6 +109,17 @@ def test_where_no_checkpoint_can_be_read_nothing_is_lost(finished, run, capsys):
     assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
+def test_damaged_metrics_are_one_line_and_nothing_is_lost(run, capsys):
+    metrics = run / "metrics.jsonl"
+    metrics.write_bytes(b"x" + metrics.read_bytes()[1:])
+    shutil.rmtree(_newest(run))
+    before = metrics.read_bytes()
+    assert _run(run) == 1
+    message = f"ValueError: Expected {metrics} as an earlier run wrote it, got a damaged one (Expecting value"
+    assert capsys.readouterr().err.startswith(message)
+    assert metrics.read_bytes() == before
+
+
 def test_a_finished_run_only_reports_again(run, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     (run / "report.html").unlink()
