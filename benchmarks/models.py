@@ -97,7 +97,8 @@ class Recurrent(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images [B, height, width, channels] → logits [B, 10]."""
         rows = x.reshape(*x.shape[:2], -1)
-        return nn.Dense(10)(nn.RNN(nn.OptimizedLSTMCell(128))(rows)[:, -1])
+        states = jnp.asarray(nn.RNN(nn.OptimizedLSTMCell(128))(rows))
+        return nn.Dense(10)(states[:, -1])
 
 
 # Parameters and a function that makes the weights of them, of a model's own parameters.

@@ -175,3 +175,11 @@ def test_layers_in_a_scan_take_the_memory_of_a_plain_gradient():
         return jax.jit(f).lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_of(lambda p, x: cg.grad_moments(loss_fn)(p, x)) <= 1.5 * bytes_of(plain)
+
+
+@pytest.mark.parametrize("positions", [(), (3,)])
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_squares_of_factors_may_leave_the_range_where_the_norm_fits(size, positions):
+    x = np.full((2, *positions, 4), size, np.float32)
+    norms = cg.per_example_sq_norms(lambda w, x: ((x @ w) / np.float32(size)).sum())(jnp.ones((4, 2)), x)
+    np.testing.assert_allclose(norms, 8 * np.prod(positions, initial=1) ** 2, rtol=1e-5)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from cg_jax import _compat
 from cg_jax.ghost.activity import is_inexact
-from cg_jax.ghost.capture import Nested, Program, Site, differentiated, evaluate, read_all, uses_of
+from cg_jax.ghost.capture import Nested, Program, Site, uses_of
+from cg_jax.ghost.evaluation import differentiated, evaluate, read_all
 from cg_jax.ghost.inline import InlinePlan
 
 # For each use: its dynamic operands, and the cotangents of its outputs, all [B, ...]; [B, length, ...] in a scan.

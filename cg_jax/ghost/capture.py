@@ -10,6 +10,7 @@ given. What does not fit, a parameter in the carry for one, stays one opaque sit
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from cg_jax import _compat
 from cg_jax._loss import LossFn, checked_pair
 from cg_jax.ghost import activity
+from cg_jax.ghost.evaluation import is_var, leading_to, read_all
 
 PyTree = Any
 
@@ -73,6 +75,7 @@ class Program:
     producers: dict[Any, Any]  # static variable → the equation that makes it
     depends: bool  # whether the first output is computed from a parameter, with a gradient or without
 
+    @functools.cached_property
     def has_custom_vjp(self) -> bool:
         """Whether a zero cotangent may come back as something else than zero."""
         return any(_compat.has_custom_vjp(eqn) for eqn in (*self.static, *self.dynamic))
@@ -295,46 +298,3 @@ def _results_of_body(flat: Any, call: _compat.Body, taps: tuple[int, ...], outs:
         if not more:
             return results
         results |= more
-
-
-def differentiated(positions: Sequence[int], operands: Sequence[Any], zero: jax.Array) -> list[Any]:
-    """The operands of an equation; those at `positions` are differentiated where `zero` is, for a rule that asks.
-
-    A rule with symbolic_zeros=True answers by which operands carry a tangent, so they must be those of jax.grad. The
-    added zero is folded away when it is compiled.
-    """
-    values = list(operands)
-    for i in positions:
-        values[i] = values[i] + zero.astype(values[i].dtype)
-    return values
-
-
-def is_var(atom: Any) -> bool:
-    """Whether an operand is a variable."""
-    return not _compat.is_literal(atom)
-
-
-def leading_to(variables: Sequence[Any], eqns: Sequence[Any]) -> list[Any]:
-    """Those of the equations that `variables` follow from, and those with a side effect, in order."""
-    wanted, kept = set(variables), []
-    for eqn in reversed(eqns):
-        if eqn.effects or any(out in wanted for out in eqn.outvars):
-            kept.append(eqn)
-            wanted.update(atom for atom in eqn.invars if is_var(atom))
-    return kept[::-1]
-
-
-def evaluate(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
-    """Evaluate equations, in order, into `env`."""
-    for eqn in eqns:
-        env.update(zip(eqn.outvars, evaluated(eqn, env), strict=True))
-
-
-def evaluated(eqn: Any, env: dict[Any, Any]) -> list[Any]:
-    """The results of one equation."""
-    return _compat.bind(eqn, read_all(eqn.invars, env))
-
-
-def read_all(atoms: Sequence[Any], env: dict[Any, Any]) -> list[Any]:
-    """The values of the operands of an equation."""
-    return [atom.val if _compat.is_literal(atom) else env[atom] for atom in atoms]

@@ -12,8 +12,9 @@ from cg_jax import _compat, _validate, trees
 from cg_jax._loss import LossFn, checked_pair, example_of
 from cg_jax.ghost import capture, cost, instances, scalars
 from cg_jax.ghost.backward import Pass, Traces, backward, located_errors
-from cg_jax.ghost.capture import Program, Use, evaluate, read_all
+from cg_jax.ghost.capture import Program, Use
 from cg_jax.ghost.chunks import accumulate, accumulate_with, in_chunks, of_each
+from cg_jax.ghost.evaluation import evaluate, read_all
 from cg_jax.ghost.inline import InlinePlan
 from cg_jax.ghost.plan import RulePlan
 from cg_jax.ghost.product import Product
@@ -64,7 +65,7 @@ def statistics(
             gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), batch
         else:
             gradient, operands = instances.by_sites(program, env, group), [traces[use.key] for use, _ in group.uses]
-        if weights is not None and (group.whole_loss or program.has_custom_vjp()):
+        if weights is not None and (group.whole_loss or program.has_custom_vjp):
             gradient, operands = _left_out(gradient), (operands, weights)
         of_group = accumulate(of_each(gradient), operands, group.chunk)
         yields.update(zip(group.parameters, zip(*of_group, strict=True), strict=True))
@@ -81,7 +82,7 @@ def _pass(
 ) -> Pass:
     """The one pass; nothing comes back to rows of weight 0."""
     ones = jnp.ones(jax.tree.leaves(batch)[0].shape[0])
-    if weights is None or not program.has_custom_vjp():
+    if weights is None or not program.has_custom_vjp:
         return backward(program, env, jax.tree.leaves(batch), ones if weights is None else weights, inside)
     # A custom_vjp may answer a zero cotangent with anything: rows are left out afterwards, by selection.
     left = backward(program, env, jax.tree.leaves(batch), ones)

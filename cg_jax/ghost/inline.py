@@ -103,7 +103,7 @@ def inline_plan(
     program: Program, parameter: int, places: list[Place], form_of: Callable[[Product], tuple[str, int]], limit: int
 ) -> InlinePlan | None:
     """The plan of a tensor whose norms can be taken inside a scan; None for all others."""
-    if len(places) != 1 or program.has_custom_vjp():
+    if len(places) != 1:
         return None
     use, position = places[0]
     site, dtype = use.site, program.parameters[parameter].aval.dtype
@@ -111,6 +111,7 @@ def inline_plan(
     if (
         path is None
         or not path.is_slice
+        or program.has_custom_vjp
         or not is_isometric(path.outer)
         or any(len(step.eqn.invars) != 1 for step in path.inner)
         or site.eqn.primitive.name not in _LINEAR
@@ -123,7 +124,7 @@ def inline_plan(
         return None
     rule = rule_for(site.eqn, position)
     if isinstance(rule, Product) and is_isometric(path.inner):
-        product = rule._replace(to_view=lambda g: rearranged(path.inner, rule.to_view(g)))
+        product = rule._replace(to_view=lambda g: rearranged(path.inner, rule.to_view(g)), is_shared=False)
         return InlinePlan(parameter, use, position, path, product, *form_of(product))
     size = program.parameters[parameter].aval.size // (path.length or 1) * dtype.itemsize
     return InlinePlan(parameter, use, position, path, None, "elementwise", max(1, limit // max(1, size)))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from cg_jax import _compat, trees
 from cg_jax._loss import LossFn
-from cg_jax.ghost.capture import Nested, Program, Site, Use, differentiated, evaluate, leading_to, read_all
+from cg_jax.ghost.capture import Nested, Program, Site, Use
+from cg_jax.ghost.evaluation import differentiated, evaluate, leading_to, read_all
 from cg_jax.ghost.plan import GroupPlan
 
 PyTree = Any

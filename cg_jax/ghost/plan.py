@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
-from cg_jax.ghost.capture import Program, Use, is_var, leading_to, uses_of
+from cg_jax.ghost.capture import Program, Use, uses_of
+from cg_jax.ghost.evaluation import is_var, leading_to
 from cg_jax.ghost.inline import InlinePlan, inline_plan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import product_bytes as product_bytes

@@ -8,6 +8,7 @@ is the gradient of the view, rearranged; a convolution is such a product over th
 ‖G‖² = Σₙ ⟨A Aᵀ, B Bᵀ⟩ (Gram), or ‖A‖² ‖B‖² where T = 1, needs no G.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class Product(NamedTuple):
     # For each axis of the view, whether it is one of N, D or P, in which they stand in the view's order; None: no such
     sides: str | None = None
     scale: Any = None  # [N, D, P], multiplies G entry by entry
+    is_shared: bool = False  # whether equal layers have this very object, so that they need to be traced once only
 
 
 def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
@@ -40,9 +42,14 @@ def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
 
 def dot_general(eqn: Any, view: int) -> Product:
     """lax.dot_general with any dimension numbers, the parameter on either side."""
-    contract, batch = eqn.params["dimension_numbers"]
+    contract, batch = (tuple(map(tuple, pair)) for pair in eqn.params["dimension_numbers"])
+    shapes = tuple(var.aval.shape for var in eqn.invars)
+    return _dot_general(contract, batch, shapes, eqn.params["precision"], view)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dot_general(contract: Any, batch: Any, shapes: tuple[tuple[int, ...], ...], precision: Any, view: int) -> Product:
     other = 1 - view
-    shapes = [var.aval.shape for var in eqn.invars]
     rank = len(shapes[view])
     # Contracted axes in the view's order, as all of its axes.
     pairs = sorted(zip(*contract, strict=True), key=lambda pair: pair[view])
@@ -71,7 +78,8 @@ def dot_general(eqn: Any, view: int) -> Product:
     sides = None
     if tuple(batch[view]) == tuple(sorted(batch[view])):
         sides = "".join("D" if i in contract[view] else "N" if i in batch[view] else "P" for i in range(rank))
-    return Product(factors, to_view, (n, t, d, p), eqn.params["precision"], keeps_entries=True, sides=sides)
+    product = Product(factors, to_view, (n, t, d, p), precision, keeps_entries=True, sides=sides)
+    return product._replace(is_shared=True)
 
 
 def lift(product: Product, length: int, is_slice: bool) -> Product:
@@ -98,6 +106,7 @@ def lift(product: Product, length: int, is_slice: bool) -> Product:
         return jax.vmap(product.to_view)(gradient.reshape(length, n, d, p))
 
     lifted = product._replace(factors=factors, dims=dims, of_batch=of_batch if product.of_batch else None)
+    lifted = lifted._replace(is_shared=False)
     lifted = lifted._replace(keeps_entries=product.keeps_entries and not is_slice)
     return lifted._replace(to_view=to_view) if is_slice else lifted
 
@@ -118,4 +127,4 @@ def joined_positions(products: Sequence[Product], flipped: Sequence[bool]) -> Pr
 
     n, _, d, p = first.dims
     dims = (n, sum(product.dims[1] for product in products), d, p)
-    return first._replace(factors=factors, of_batch=None, keeps_entries=False, dims=dims)
+    return first._replace(factors=factors, of_batch=None, keeps_entries=False, is_shared=False, dims=dims)

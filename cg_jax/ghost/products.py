@@ -20,6 +20,7 @@ from cg_jax import _compat, trees
 from cg_jax.ghost.chunks import accumulate, in_chunks
 from cg_jax.ghost.product import Product
 
+PyTree = Any
 # What a tensor is asked for: squared norms [B], and the sum over the batch.
 Yield = tuple[jax.Array, jax.Array]
 # Multiplications that a number of G is worth, on a CPU.
@@ -92,7 +93,42 @@ def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: in
 
 
 def without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, chunk: int) -> jax.Array:
-    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position."""
+    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position.
+
+    Inputs and cotangents near the ends of the range are scaled: their squares may leave it where the product's fits.
+    """
+    if product.is_shared:
+        return _without_gradients_once(product, form, x, cotangent, dtype, chunk)
+    return _in_range(product, form, x, cotangent, dtype, chunk)
+
+
+def _in_range(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, chunk: int) -> jax.Array:
+    units = _unit(x), _unit(cotangent)
+    x, cotangent = _scaled(x, units[0]), _scaled(cotangent, units[1])
+    sq_norms = _without_gradients(product, form, x, cotangent, dtype, chunk)
+    for unit in (*units, *units):
+        sq_norms = sq_norms / unit.astype(sq_norms.dtype)
+    return sq_norms
+
+
+_without_gradients_once = jax.jit(_in_range, static_argnums=(0, 1, 4, 5))
+
+
+@jax.jit
+def _unit(rows: PyTree) -> jax.Array:
+    """One number for each row, 1 but near the ends of the range, times which its squares stay inside."""
+    sizes = [jnp.abs(x).max(tuple(range(1, x.ndim)), initial=0) for x in jax.tree.leaves(rows)]
+    largest = jnp.stack([size.astype(trees.accumulator_dtype(size.dtype)) for size in sizes]).max(0)
+    inside = ((largest > 2.0**-40) & (largest < 2.0**40)) | (largest == 0)
+    return jnp.where(inside, 1, jnp.exp2(-jnp.floor(jnp.log2(jnp.where(inside, 1, largest)))))
+
+
+@jax.jit
+def _scaled(rows: PyTree, unit: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: x * unit.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)), rows)
+
+
+def _without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, chunk: int) -> jax.Array:
     if form == "closed" and product.keeps_entries and product.dims[0] == 1:  # nothing to trace
         of_input, of_cotangent = trees.row_sq_norms((x, cotangent))
         return of_input * of_cotangent
@@ -111,9 +147,16 @@ def without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtype
 
 def sum_of_products(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax.Array:
     """Σ AᵀB over the batch, as the view's gradient."""
+    return (_sum_once if product.is_shared else _sum)(product, x, cotangent, dtype)
+
+
+def _sum(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax.Array:
     a, b, letters = _factors(product, x, cotangent)
     total = _dot(product, dtype, f"bn{letters},bntp->ndp", a, b)
     return product.to_view(total if product.scale is None else total * product.scale.astype(dtype))
+
+
+_sum_once = jax.jit(_sum, static_argnums=(0, 3))
 
 
 def along(product: Product, x: Any, cotangent: Any, direction: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cg_jax.ghost import factors
-from cg_jax.ghost.capture import Program, Use, evaluated, is_var, read_all
+from cg_jax.ghost import factors, pulls
+from cg_jax.ghost.capture import Program, Use
+from cg_jax.ghost.evaluation import evaluated, is_var, read_all
 from cg_jax.ghost.factors import Factors, NotSeparableError
 from cg_jax.ghost.product import Product, joined_positions, lift
 from cg_jax.ghost.rules import rule_for
@@ -66,7 +67,9 @@ def product_of(
     if not isinstance(base, Product):
         return None
     if path.is_isometric and alone:
-        of_body = base._replace(to_view=lambda g: rearranged(path.inner, base.to_view(g)))
+        if not path.outer and not path.inner and path.length is None:
+            return base
+        of_body = base._replace(to_view=lambda g: rearranged(path.inner, base.to_view(g)), is_shared=False)
         joined = of_body if path.length is None else lift(of_body, path.length, path.is_slice)
         return joined._replace(to_view=lambda g: rearranged(path.outer, joined.to_view(g)), sides=None)
     shape = use.site.eqn.invars[position].aval.shape
@@ -76,10 +79,10 @@ def product_of(
     def of_example(x: jax.Array, cotangent: jax.Array) -> Factors:
         def once(x: jax.Array, cotangent: jax.Array) -> Factors:
             of_view = factors.initial(base, shape, x, cotangent)
-            return factors.pull(path.inner, of_view, read_inner, functools.partial(spread, body))
+            return pulls.pull(path.inner, of_view, read_inner, functools.partial(spread, body))
 
         joined = once(x, cotangent) if path.length is None else _lifted(once, path, x, cotangent)
-        return factors.pull(path.outer, joined, read_outer, functools.partial(spread, program))
+        return pulls.pull(path.outer, joined, read_outer, functools.partial(spread, program))
 
     sides: list[str] = []
 
@@ -128,7 +131,7 @@ def spread(program: Program, atom: Any) -> tuple[int, ...]:
     if eqn is not None and eqn.primitive.name == "broadcast_in_dim":
         operand, axes = eqn.invars[0], eqn.params["broadcast_dimensions"]
         return tuple(axes[axis] for axis in spread(program, operand) if operand.aval.shape[axis] != 1)
-    if eqn is not None and eqn.primitive.name in (*factors.ENTRYWISE, "add", "sub", "convert_element_type", "copy"):
+    if eqn is not None and eqn.primitive.name in (*pulls.ENTRYWISE, "add", "sub", "convert_element_type", "copy"):
         return tuple(sorted(set().union(*(spread(program, each) for each in eqn.invars))))
     return tuple(axis for axis, size in enumerate(atom.aval.shape) if size != 1)
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
-from cg_jax.ghost.capture import Program, is_var
+from cg_jax.ghost.capture import Program
+from cg_jax.ghost.evaluation import is_var
 
 # Results that are an operand as it is, or rounded.
 _IDENTITIES = frozenset(
