@@ -51,6 +51,11 @@ def example_of(batch: PyTree) -> PyTree:
     return jax.eval_shape(lambda batch: jax.tree.map(lambda leaf: leaf[0], batch), batch)
 
 
+def has_empty(tree: PyTree) -> bool:
+    """Whether any array has no entry. JAX then leaves out operations, on the way from a parameter too."""
+    return any(leaf.size == 0 for leaf in jax.tree.leaves(tree))
+
+
 def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree, has_aux: bool = False) -> Any:
     """The jaxpr of loss_fn; ValueError unless it reads a differentiable leaf of params on the way to its result."""
     kept, rest = trees.partition(params)
@@ -66,7 +71,7 @@ def require_dependence_on(loss: LossFn, kept: PyTree, data: PyTree) -> Any:
         if any(not _compat.is_literal(atom) and atom in reached for atom in eqn.invars):
             reached.update(eqn.outvars)
     (out,) = jaxpr.outvars
-    _validate.dependence(not _compat.is_literal(out) and out in reached)
+    _validate.dependence((not _compat.is_literal(out) and out in reached) or has_empty((kept, data)))
     return jaxpr
 
 

@@ -57,6 +57,20 @@ def _check_confidence(confidence: bool, estimator: str, data: Any) -> None:
         )
 
 
+@contextlib.contextmanager
+def _note_on_lists(data: Any) -> Iterator[None]:
+    """Beside an error of a loss that was given items of a list, what a list means."""
+    try:
+        yield
+    except (TypeError, ValueError, IndexError) as error:
+        if isinstance(data, list):
+            error.add_note(
+                "data is a list, so that each of its items was taken as a batch; stack examples into arrays, and give "
+                "arrays that share their leading axis as a tuple, (X, Y)."
+            )
+        raise
+
+
 def _check_outside(params: PyTree, state: PyTree, data: Any) -> None:
     leaves = jax.tree.leaves((params, state, data if is_arrays(data) else None))
     if any(_compat.is_tracer(leaf) for leaf in leaves):
@@ -209,7 +223,13 @@ def _layout(mesh: Mesh, data_axis: str | None, params: PyTree, state: PyTree) ->
 def _warn_of_zeros(found: Coherence, sums: Sums) -> None:
     squares = jax.tree.leaves(sums.moments.sum_sq_norms)
     count, mean, *squares = jax.device_get((found.count, found.mean_grad_norm, *squares))
-    if count > 0 and not any((mean, *squares)):  # random signs may cancel
+    if count > 0 and mean and not any(squares):
+        warnings.warn(
+            "Expected random signs that do not cancel, got sums that are zero in every batch, so that the coherence is "
+            "infinite; take smaller batches, or another seed.",
+            stacklevel=3,
+        )
+    if count > 0 and not any((mean, *squares)):
         warnings.warn(
             f"Expected some gradient other than zero, got {count} that are zero or so small that their squares are, so "
             "that the coherence is NaN; measure a loss that can be differentiated (cross-entropy, not accuracy).",
@@ -240,7 +260,8 @@ def _measured(
     inputs = inputs._replace(params=params, state=state)
     run, batches = Run(programs, how, layout, inputs, nonfinite, confidence), read()
     with _bar(progress, batches.number) as bar:
-        sums, skipped, by_batch = run.add_all(batches, bar)
+        with _note_on_lists(data):
+            sums, skipped, by_batch = run.add_all(batches, bar)
         found, sums = run.finish(sums, skipped)
         if confidence:
             found = dataclasses.replace(found, alpha_stderr=run.stderr(read(), found, sums, by_batch))

@@ -163,21 +163,24 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
         return dataclasses.replace(_coherence(moments), num_skipped=skipped.astype(jnp.int32))
 
 
-def _scale(sums: Any) -> jax.Array:
-    """A power of two by which ‖S‖² stays in range wherever Q does; 1 where nothing is near its end."""
-    largest = jnp.stack([jnp.abs(leaf).max(initial=0).astype(jnp.float32) for leaf in jax.tree.leaves(sums)]).max()
-    return jnp.where(largest > 2.0**50, jnp.float32(2.0**-50), jnp.float32(1))
+def _scale(count: jax.Array, sum_sq_norms: Any) -> jax.Array:
+    """A power of two times which ‖S‖² ≤ m Q stays in range wherever Q does; 1 where nothing is near its end."""
+    norms = jnp.stack([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(sum_sq_norms)])
+    is_large = norms.max() > 1e30 / count.astype(jnp.float32)
+    # A branch is computed once, and not again with every tensor, as a value would be.
+    return jax.lax.cond(is_large, lambda: jnp.float32(2.0**-50), lambda: jnp.float32(1))
 
 
 @jax.jit
 def _coherence(moments: GradMoments) -> Coherence:
     count = jnp.asarray(moments.count)
     names = trees.paths(moments.sum_grads)
-    scale = _scale(moments.sum_grads)
+    scale = _scale(count, moments.sum_sq_norms)
     squares = jax.tree.leaves(trees.sq_norms(jax.tree.map(lambda s: s * scale.astype(s.dtype), moments.sum_grads)))
     norms = jax.tree.leaves(moments.sum_sq_norms)
     # The whole and the tensors in one vector: as scalars of their own, those of a deep network take minutes to compile.
-    squares, norms = (jnp.stack(leaves) for leaves in (squares, norms))
+    widest = jnp.result_type(*(leaf.dtype for leaf in (*squares, *norms)), jnp.float32)
+    squares, norms = (jnp.stack([leaf.astype(widest) for leaf in leaves]) for leaves in (squares, norms))
     squares, norms = (jnp.append(values.sum(), values) for values in (squares, norms))
     ratios = jax.lax.optimization_barrier(_ratios(squares, scale.astype(squares.dtype), norms, count, norms / norms[0]))
     whole, *parts = zip(*ratios, strict=True)

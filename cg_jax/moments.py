@@ -23,6 +23,10 @@ class GradMoments(NamedTuple):
     sum_grads: PyTree  # S = Σ gᵢ, like the parameters
     sum_sq_norms: PyTree  # Q = Σ ‖gᵢ‖², one scalar for each tensor of the parameters
 
+    def __add__(self, other: Any) -> "GradMoments":  # type: ignore[override]
+        """`merge`, and not the concatenation of tuples."""
+        return merge(self, other)
+
     @classmethod
     def zeros(
         cls, params: PyTree, loss_dtype: Any = jnp.float32, *, axis_name: str | tuple[str, ...] | None = None

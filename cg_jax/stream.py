@@ -189,6 +189,8 @@ class Run(NamedTuple):
 
     def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:
         """The infinitesimal jackknife's standard error of α, by one more pass."""
+        if np.isnan(jax.device_get(found.alpha)):
+            return found.alpha
         with undefined_ratios():
             mean_grad, mean_sq_norm = _means(sums.moments)
         inputs = (self.inputs.params, self.inputs.state, mean_grad, found.alpha, mean_sq_norm)

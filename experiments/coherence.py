@@ -83,7 +83,6 @@ def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
                     "share": float(part.share),
                 }
                 for tensor, part in tensors
-                if not tensor.startswith("batch_stats/")
             }
     return row
 

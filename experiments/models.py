@@ -122,17 +122,22 @@ def _cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def loss_of(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
-    """loss_fn(params, (image, label)) → cross-entropy in nats; the same function object for equal models.
+def loss_of(model: nn.Module) -> Callable[..., jax.Array]:
+    """loss_fn(params, (image, label), state) → cross-entropy in nats; the same function object for equal models.
 
-    BatchNorm normalises by its running averages, which are held fixed.
+    BatchNorm normalises by its running averages, which are held fixed: they are the state, or among the parameters.
     """
 
-    def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def loss_fn(params: Any, example: tuple[jax.Array, jax.Array], state: Any = None) -> jax.Array:
         image, label = example
-        return _cross_entropy(model.apply(_fixed(params), as_input(image[None])), label[None])[0]
+        return _cross_entropy(model.apply(_fixed(params | (state or {})), as_input(image[None])), label[None])[0]
 
     return loss_fn
+
+
+def with_state(params: Any) -> tuple[Any, Any]:
+    """(what is trained, the running averages or None) of a model's variables."""
+    return {"params": params["params"]}, {name: part for name, part in params.items() if name != "params"} or None
 
 
 def _fixed(params: Any) -> Any:
@@ -153,10 +158,10 @@ def training_loss_of(model: nn.Module) -> Callable[[Any, Any], tuple[jax.Array, 
 
 
 @functools.cache
-def mean_loss_of(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
-    """(params, batch) → mean loss; a model with BatchNorm normalises by the batch."""
+def mean_loss_of(model: nn.Module) -> Callable[..., jax.Array]:
+    """(params, batch, state) → mean loss; a model with BatchNorm normalises by the batch."""
     if has_batch_norm(model):
-        return lambda params, batch: training_loss_of(model)(params, batch)[0]
+        return lambda params, batch, state=None: training_loss_of(model)(params | (state or {}), batch)[0]
     return lambda params, batch: jax.vmap(loss_of(model), in_axes=(None, 0))(params, batch).mean()
 
 

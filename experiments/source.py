@@ -1,5 +1,8 @@
-"""What a training needs of a data set: noisy labels, mini-batches from any step on, samples to measure on."""
+"""What a training needs of a data set: noisy labels, mini-batches
+from any step on, samples to measure on.
+"""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -66,8 +69,6 @@ class Source(Protocol):
 def coherence_of(config: Config, model: nn.Module, params: Any, sample: Any, *, batch_size: int) -> cg.Coherence:
     """Coherence of a sample by the estimator that the config names, on the host."""
     loss_fn = models.loss_of(model) if config.estimator == "exact" else models.mean_loss_of(model)
-    return jax.device_get(
-        cg.measure_coherence(
-            loss_fn, params, sample, batch_size=batch_size, mesh=devices().mesh, estimator=config.estimator
-        )
-    )
+    trained, state = models.with_state(params)
+    measure = functools.partial(cg.measure_coherence, mesh=devices().mesh, estimator=config.estimator)
+    return jax.device_get(measure(loss_fn, trained, sample, state=state, batch_size=batch_size))

@@ -132,3 +132,17 @@ def test_a_penalty_that_cancels_the_rest_of_one_example(width):
     got, plain = (np.asarray(cg.per_example_sq_norms(loss_fn, method=m)(params, x)["w"]) for m in ("ghost", "vmap"))
     assert want[0] < 1e-4 * want[1]
     np.testing.assert_allclose(got, want, rtol=1e-4 + 2 * np.abs(plain / want - 1).max())
+
+
+def test_penalties_that_cancel_among_themselves():
+    rng = np.random.default_rng(0)
+    at = np.float32(rng.normal(size=4))
+    w, x = at + np.float32(1e-4) * np.float32(rng.normal(size=4)), np.float32(rng.normal(size=(8, 4)))
+
+    def loss_fn(w, x):  # 10 ‖w − w₀‖², written out
+        return (1e-3 * jnp.tanh(x @ w) + 10 * (w @ w)) - 20 * (w @ at)
+
+    with jax.enable_x64(True):
+        want = float(cg.grad_moments(lambda w, x: loss_fn(w, x), method="vmap")(*map(np.float64, (w, x))).sum_sq_norms)
+    got, plain = (float(cg.grad_moments(loss_fn, method=m)(w, x).sum_sq_norms) for m in ("ghost", "vmap"))
+    assert abs(got - want) <= 10 * max(abs(plain - want), 1e-5 * want)  # vmap's own rounding

@@ -188,7 +188,10 @@ def _classify(
         if not any(var in varying for var in operands) and not eqn.effects and not is_use:
             static.append(eqn)
             touched = frozenset().union(*(reach.get(var, frozenset()) for var in operands))
-            reach.update((eqn.outvars[k], touched) for k in outs)
+            if eqn.primitive.name == "optimization_barrier":  # of many values at once, each its own
+                reach.update((eqn.outvars[k], reach[var]) for k, var in enumerate(operands) if reach.get(var))
+            else:
+                reach.update((eqn.outvars[k], touched) for k in outs)
             continue
         varying.update(eqn.outvars)
         carrying.update(eqn.outvars[k] for k in outs)

@@ -72,11 +72,11 @@ def conv_general_dilated(eqn: Any, view: int) -> Product | None:
         spread = spread.reshape(groups * features, channels, *window)
         return spread.transpose(*(numbers.rhs_spec.index(axis) for axis in range(len(kernel))))
 
-    # Only where they stand so are the axes of D in the order of the kernel's.
-    in_order = groups == 1 and numbers.rhs_spec == (len(kernel) - 1, len(kernel) - 2, *range(len(window)))
-    sides = "D" * (len(kernel) - 1) + "P" if in_order and order == sorted(order) else None
     product = Product(factors, to_view, (groups, t, d, features), params["precision"], False, of_batch)
-    return product._replace(sides=sides)
+    if groups > 1:
+        return product
+    sides = "".join("P" if axis == numbers.rhs_spec[0] else "D" for axis in range(len(kernel)))
+    return product._replace(sides=sides, d_axes=(*(numbers.rhs_spec[2 + i] for i in order), numbers.rhs_spec[1]))
 
 
 def _patches(x: jax.Array, axes: list[_Axis]) -> jax.Array:

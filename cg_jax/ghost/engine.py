@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, _validate, trees
-from cg_jax._loss import LossFn, checked_pair, example_of
+from cg_jax._loss import LossFn, checked_pair, example_of, has_empty
 from cg_jax.ghost import capture, cost, instances, scalars
 from cg_jax.ghost.backward import Pass, Traces, backward, located_errors
 from cg_jax.ghost.capture import Program, Use
@@ -41,7 +41,7 @@ def statistics(
     kept = jax.tree.map(jnp.asarray, kept)
     _validate.something_to_differentiate(kept)
     program, aux_structure = capture.capture(loss_fn, kept, rest, example_of(batch), has_aux)
-    _validate.dependence(program.depends)
+    _validate.dependence(program.depends or has_empty((kept, batch)))
     loss = checked_pair(loss_fn, rest, has_aux=has_aux)
     if not program.is_dynamic():
         return _same_for_all(loss, kept, batch, weights)
@@ -205,9 +205,11 @@ def _along_view(
         direction,
     )
 
+    local = _env_of(use, env)
+
     def one(trace: Any) -> jax.Array:
         seen, (cotangent,) = trace
-        values = instances.operands_of(use.site, env, seen)
+        values = instances.operands_of(use.site, local, seen)
         values[position] = view
         return jnp.vdot(cotangent.astype(direction.dtype), _compat.bind(use.site.eqn, values)[0])
 

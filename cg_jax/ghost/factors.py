@@ -51,8 +51,11 @@ def initial(product: Product, shape: tuple[int, ...], x: jax.Array, cotangent: j
     if product.sides is None:
         raise NotSeparableError
     a, b = product.factors(x, cotangent)
-    n, d, p = ([shape[i] for i, side in enumerate(product.sides) if side == letter] for letter in "NDP")
-    return Factors(a.reshape(*n, a.shape[1], *d), b.reshape(*n, b.shape[1], *p), product.sides)
+    n, d, p = ([i for i, side in enumerate(product.sides) if side == letter] for letter in "NDP")
+    held = product.d_axes or tuple(d)
+    a = a.reshape(*(shape[i] for i in n), a.shape[1], *(shape[i] for i in held))
+    a = a.transpose(*range(len(n) + 1), *(len(n) + 1 + held.index(i) for i in d))
+    return Factors(a, b.reshape(*(shape[i] for i in n), b.shape[1], *(shape[i] for i in p)), product.sides)
 
 
 def to_product(
@@ -76,4 +79,4 @@ def to_product(
     elif scale is not None:
         scale = scale.transpose(order).reshape(n, d, p)
     of_parameter = product._replace(factors=factors, of_batch=None, to_view=to_view, dims=(n, t, d, p))
-    return of_parameter._replace(keeps_entries=False, is_shared=False, sides=like.sides, scale=scale)
+    return of_parameter._replace(keeps_entries=False, is_shared=False, d_axes=None, sides=like.sides, scale=scale)

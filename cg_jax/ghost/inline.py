@@ -20,8 +20,10 @@ from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import instantiated, without_gradients
 from cg_jax.ghost.rules import rule_for
 from cg_jax.ghost.uses import Path, Place, path_of, rearranged
-from cg_jax.ghost.views import is_isometric
+from cg_jax.ghost.views import ISOMETRIES, is_isometric
 
+# Views of a slice that are linear in it and have no other operand.
+_SPREADS = ISOMETRIES | {"broadcast_in_dim", "cumsum", "neg", "reduce_sum", "slice"}
 # Linear in either operand, so that a gradient does not hang on the view's own values.
 _LINEAR = frozenset({"add", "add_any", "conv_general_dilated", "dot_general", "mul", "sub"})
 
@@ -113,7 +115,7 @@ def inline_plan(
         or not path.is_slice
         or program.has_custom_vjp
         or not is_isometric(path.outer)
-        or any(len(step.eqn.invars) != 1 for step in path.inner)
+        or any(step.eqn.primitive.name not in _SPREADS and not step.is_identity for step in path.inner)
         or site.eqn.primitive.name not in _LINEAR
         or len(site.views) != 1
         or len(site.taps) != 1

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from cg_jax import _compat, trees
 from cg_jax._loss import LossFn
 from cg_jax.ghost.capture import Nested, Program, Site, Use
-from cg_jax.ghost.evaluation import differentiated, evaluate, leading_to, read_all
+from cg_jax.ghost.evaluation import differentiated, evaluate, is_var, leading_to, read_all
 from cg_jax.ghost.plan import GroupPlan
+from cg_jax.ghost.views import path_to, undo
 
 PyTree = Any
 # What a use left of one example: its dynamic operands, and the cotangents of its outputs.
@@ -22,6 +23,9 @@ Trace = tuple[list[jax.Array], list[jax.Array]]
 def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
     """The function of what the group's uses left of one example → its gradients with respect to the group's tensors."""
     views = list({var: None for use, positions in group.uses for p in positions for var in use.variables(p)})
+    widely = _widely(program, env, group, views)
+    if widely is not None:
+        return widely
     _, to_parameters = view_pullback(program, env, group.parameters, views)
 
     def gradient(traces: list[Trace]) -> list[jax.Array]:
@@ -30,6 +34,44 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
             for view, part in of_use(use, positions, env, trace):
                 total[view] += part
         return trees.accumulate(to_parameters([total[view] for view in views]))
+
+    return gradient
+
+
+# What may be done in a wider dtype than it was written in: sums of its cotangents could leave a narrow one's range.
+_WIDENED = frozenset({"add", "add_any", "div", "mul", "sub"})
+
+
+def _widely(
+    program: Program, env: dict[Any, Any], group: GroupPlan, views: Sequence[Any]
+) -> Callable[[list[Trace]], list[jax.Array]] | None:
+    """The gradient of one narrow tensor from entry-by-entry uses, in the accumulator dtype; None for all others."""
+    (parameter, *more) = group.parameters
+    variable = program.parameters[parameter]
+    dtype = trees.accumulator_dtype(variable.aval.dtype)
+    paths = {view: path_to(program, parameter, view) for view in views} if not more else {}
+    if more or dtype == variable.aval.dtype or any(path is None for path in paths.values()):
+        return None
+    if any(use.nested or len(at) > 1 or use.site.eqn.primitive.name not in _WIDENED for use, at in group.uses):
+        return None
+
+    def widen(value: Any) -> Any:
+        return value.astype(dtype) if trees.is_differentiable(value) else value
+
+    def read(atom: Any) -> Any:
+        return env[atom] if is_var(atom) else atom.val
+
+    def gradient(traces: list[Trace]) -> list[jax.Array]:
+        total = _compat.vary(jnp.zeros(variable.aval.shape, dtype), _compat.varying_axes(traces))
+        for (use, (position,)), (seen, cotangents) in zip(group.uses, traces, strict=True):
+            values = [widen(value) for value in operands_of(use.site, env, seen)]
+
+            def result(view: jax.Array, use: Use = use, position: int = position, values: Any = values) -> jax.Array:
+                return _compat.bind(use.site.eqn, [view if i == position else v for i, v in enumerate(values)])[0]
+
+            (part,) = jax.vjp(result, values[position])[1](widen(cotangents[0]))
+            total += undo(paths[use.site.eqn.invars[position]] or [], env[variable], part, read)
+        return [total]
 
     return gradient
 

@@ -110,6 +110,8 @@ def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
             inline.append(inside)
             continue
         plan = _rule_plan(program, parameter, others, limit) if others else _number_plan(program, parameter, shared)
+        if isinstance(plan, RulePlan) and shared and isinstance(plan.rule, Norm) and plan.paths[0].length is not None:
+            plan = "looked up in a scan, and a penalty: gradients add up before they are squared"
         if isinstance(plan, str):
             reasons[parameter] = plan
         elif shared:

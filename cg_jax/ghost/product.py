@@ -31,6 +31,7 @@ class Product(NamedTuple):
     keeps_entries: bool = False  # whether A and B are the input and the cotangent, rearranged
     # For each axis of the view, whether it is one of N, D or P, in which they stand in the view's order; None: no such
     sides: str | None = None
+    d_axes: tuple[int, ...] | None = None  # the view's axes of D as A has them, where that is another order
     scale: Any = None  # [N, D, P], multiplies G entry by entry
     is_shared: bool = False  # whether equal layers have this very object, so that they need to be traced once only
 
@@ -127,4 +128,4 @@ def joined_positions(products: Sequence[Product], flipped: Sequence[bool]) -> Pr
 
     n, _, d, p = first.dims
     dims = (n, sum(product.dims[1] for product in products), d, p)
-    return first._replace(factors=factors, of_batch=None, keeps_entries=False, is_shared=False, dims=dims)
+    return first._replace(factors=factors, of_batch=None, keeps_entries=False, is_shared=False, d_axes=None, dims=dims)

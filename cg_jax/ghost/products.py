@@ -103,11 +103,11 @@ def without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtype
 
 
 def _in_range(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, chunk: int) -> jax.Array:
-    units = _unit(x), _unit(cotangent)
-    x, cotangent = _scaled(x, units[0]), _scaled(cotangent, units[1])
+    sizes = _size(x), _size(cotangent)
+    x, cotangent = _scaled(x, 1 / sizes[0]), _scaled(cotangent, 1 / sizes[1])
     sq_norms = _without_gradients(product, form, x, cotangent, dtype, chunk)
-    for unit in (*units, *units):
-        sq_norms = sq_norms / unit.astype(sq_norms.dtype)
+    for size in (*sizes, *sizes):  # one after the other: the square of one alone may leave the range
+        sq_norms = sq_norms * size.astype(sq_norms.dtype)
     return sq_norms
 
 
@@ -115,17 +115,17 @@ _without_gradients_once = jax.jit(_in_range, static_argnums=(0, 1, 4, 5))
 
 
 @jax.jit
-def _unit(rows: PyTree) -> jax.Array:
-    """One number for each row, 1 but near the ends of the range, times which its squares stay inside."""
+def _size(rows: PyTree) -> jax.Array:
+    """One number for each row, 1 but near the ends of the range, over which its squares stay inside."""
     sizes = [jnp.abs(x).max(tuple(range(1, x.ndim)), initial=0) for x in jax.tree.leaves(rows)]
     largest = jnp.stack([size.astype(trees.accumulator_dtype(size.dtype)) for size in sizes]).max(0)
     inside = ((largest > 2.0**-40) & (largest < 2.0**40)) | (largest == 0)
-    return jnp.where(inside, 1, jnp.exp2(-jnp.floor(jnp.log2(jnp.where(inside, 1, largest)))))
+    return jnp.where(inside, 1, jnp.exp2(jnp.floor(jnp.log2(jnp.where(inside, 1, largest)))))
 
 
 @jax.jit
-def _scaled(rows: PyTree, unit: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: x * unit.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)), rows)
+def _scaled(rows: PyTree, factor: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: x * factor.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)), rows)
 
 
 def _without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, chunk: int) -> jax.Array:

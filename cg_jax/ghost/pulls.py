@@ -217,6 +217,8 @@ def _gather(step: Step, factors: Factors, read: Read) -> Factors:
     ):
         raise NotSeparableError
     places, mode = read(eqn.invars[1])[:, 0], jax.lax.GatherScatterMode.from_any(eqn.params["mode"])
+    if jnp.iinfo(places.dtype).bits < 32:  # the axis may be longer than they can count
+        places = places.astype(jnp.int32)
     clips = mode == jax.lax.GatherScatterMode.CLIP
     places = jnp.clip(places, 0, shape[axis] - 1) if clips else jnp.where(places < 0, shape[axis], places)
 

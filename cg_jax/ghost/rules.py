@@ -38,7 +38,8 @@ def register_rule(primitive: str, rule: RuleBuilder) -> None:
             example: a `Product` (the gradient is Aᵀ B, with A from the one other operand and B from the cotangent), a
             `Norm` (a function from the operands that depend on the example, and the cotangent of the output, to ‖g‖²;
             the sum over the batch is then formed by the primitive's own vjp), or None where neither fits, for the
-            primitive's own vjp. It is asked only for real numbers. In the body of a scan a `Norm` is not used.
+            primitive's own vjp. It is asked only for real numbers. In the body of a scan a
+            `Norm` is used for tensors that each step has its own slice of.
 
             Of a Product `dims` are (N, T, D, P): factors(input, cotangent) gives A [N, T, D] and B [N, T, P], N
             independent products over T positions, and to_view makes of their G = Aᵀ B, [N, D, P], an array of the

@@ -45,8 +45,8 @@ def add(
     if others is None:
         return own, total
     sq_norms, sum_of_others = others
-    apart = sq_norms + own
-    cheap = apart + 2 * sum(c * inner(v) for c, v in along)
+    apart = sq_norms + trees.total([jnp.square(c) * jnp.vdot(v, v) for c, v in along])
+    cheap = sq_norms + own + 2 * sum(c * inner(v) for c, v in along)
     return jax.lax.cond((cheap < _CANCELS * apart).any(), exact, lambda: cheap), sum_of_others + total
 
 

@@ -15,7 +15,7 @@ _IDENTITIES = frozenset(
     {"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "pcast", "pvary", "sharding_constraint"}
 )
 # Rearrangements: every entry of the operand stands exactly once in the result.
-_ISOMETRIES = _IDENTITIES | {"reshape", "transpose", "squeeze", "expand_dims", "rev"}
+ISOMETRIES = _IDENTITIES | {"reshape", "transpose", "squeeze", "expand_dims", "rev"}
 Read = Callable[[Any], jax.Array]  # the value of a static operand
 
 
@@ -74,7 +74,7 @@ def is_isometric(steps: Sequence[Step]) -> bool:
     """Whether the steps only rearrange a parameter, entry by entry."""
     return all(
         step.is_identity
-        or (step.eqn.primitive.name in _ISOMETRIES - _IDENTITIES)
+        or (step.eqn.primitive.name in ISOMETRIES - _IDENTITIES)
         or (step.eqn.primitive.name == "broadcast_in_dim" and step.operand.aval.size == step.result.aval.size)
         for step in steps
     )
