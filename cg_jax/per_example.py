@@ -78,12 +78,12 @@ def per_example_grads(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[...
     def grads(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
         params, batch, _ = _validate.arguments(params, batch)
         of_batch = functools.partial(_grads, programs, has_aux)
-        return explicit.relaxed(of_batch, functools.partial(_grads_lie, has_aux), params, batch, state)
+        return explicit.relaxed(of_batch, functools.partial(_grads_specs, has_aux), params, batch, state)
 
     return grads
 
 
-def _grads_lie(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
+def _grads_specs(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
     grads = jax.tree.map(functools.partial(explicit.behind, rows), params)
     return (grads, PartitionSpec(rows)) if has_aux else grads
 

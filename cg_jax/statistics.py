@@ -185,12 +185,12 @@ def grad_moments(
             mask = jnp.asarray(mask)
             _validate.mask_shape(mask, size)
         of_batch = functools.partial(_moments, programs, method, max_bytes, has_aux)
-        return explicit.relaxed(of_batch, functools.partial(_moments_lie, has_aux), params, batch, mask, state)
+        return explicit.relaxed(of_batch, functools.partial(_moments_specs, has_aux), params, batch, mask, state)
 
     return moments
 
 
-def _moments_lie(has_aux: bool, params: PyTree, rows: Any) -> Any:
+def _moments_specs(has_aux: bool, params: PyTree, rows: Any) -> Any:
     whole: Any = PartitionSpec()
     moments = GradMoments(whole, whole, params, jax.tree.map(lambda _: whole, params))
     return (moments, PartitionSpec(rows)) if has_aux else moments
@@ -233,11 +233,11 @@ def per_example_sq_norms(
     def sq_norms(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
         params, batch, _ = _validate.arguments(params, batch)
         of_batch = functools.partial(_sq_norms, programs, method, max_bytes, has_aux)
-        return explicit.relaxed(of_batch, functools.partial(_norms_lie, has_aux), params, batch, state)
+        return explicit.relaxed(of_batch, functools.partial(_norms_specs, has_aux), params, batch, state)
 
     return sq_norms
 
 
-def _norms_lie(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
+def _norms_specs(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
     norms = jax.tree.map(lambda _: PartitionSpec(rows), params)
     return (norms, PartitionSpec(rows)) if has_aux else norms

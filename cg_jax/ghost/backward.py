@@ -131,7 +131,7 @@ class _Run(NamedTuple):
                 for k, tap in zip(site.taps, taps[index], strict=True):
                     if plan is not None:
                         outs[k], seen[index] = plan.tap(outs[k], tap, seen[index]), []
-                    else:  # to add zeros is folded away, but for those of a body, which are not seen to be zeros
+                    else:  # XLA folds an added zero away, but in a body it cannot see that taps are zeros
                         outs[k] = _tap(outs[k], tap) if key else outs[k] + tap
             env.update(zip(eqn.outvars, outs, strict=True))
         return read_all(program.outputs, env), seen

@@ -67,9 +67,8 @@ class Program:
     static: tuple[Any, ...]  # equations to evaluate once
     dynamic: tuple[Any, ...]  # equations to evaluate for each example
     sites: dict[int, Site | Nested]  # index into `dynamic` → what is there
-    marks: dict[
-        int, tuple[int, ...]
-    ]  # index into `dynamic` → static operands that a custom rule must see differentiated
+    # Index into `dynamic` → positions of static operands that a custom rule must see differentiated.
+    marks: dict[int, tuple[int, ...]]
     reach: dict[Any, frozenset[int]]  # static variable → parameters that its gradient reaches
     outputs: tuple[Any, ...]
     producers: dict[Any, Any]  # static variable → the equation that makes it

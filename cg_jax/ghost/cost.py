@@ -15,6 +15,8 @@ from cg_jax.ghost.product import Product
 
 # Operations that a number of a gradient is worth, which is written and read again.
 PER_NUMBER = 40
+# Why a tensor is done by vmap(grad) of the loss.
+DEAR = "the vjps of its uses cost more than the whole loss's"
 
 
 def forward(program: Program) -> int:
@@ -78,6 +80,3 @@ def cheapest(program: Program, max_bytes: int | None = None) -> Plan:
     costs = [_of_plan(program, each) for each in plans]
     costs[2] -= 2 * forward(program)  # there is no other pass
     return plans[costs.index(min(costs))]
-
-
-DEAR = "the vjps of its uses cost more than the whole loss's"

@@ -46,21 +46,21 @@ def statistics(
     if not program.is_dynamic():
         return _same_for_all(loss, kept, batch, weights)
     leaves, structure = jax.tree.flatten(kept)
-    todo = cost.cheapest(program, max_bytes)
-    if todo.is_vmap:
+    chosen = cost.cheapest(program, max_bytes)
+    if chosen.is_vmap:
         with located_errors(program):
-            sq_norms, sums, losses, aux = _by_vmap(loss, kept, batch, weights, todo.groups[0].chunk)
+            sq_norms, sums, losses, aux = _by_vmap(loss, kept, batch, weights, chosen.groups[0].chunk)
         return losses, sq_norms, sums, aux
     env = program.constants | dict(zip(program.parameters, leaves, strict=True))
     evaluate(program.static, env)
-    losses, aux, traces, of_views = _pass(program, env, batch, weights, todo.inline)
+    losses, aux, traces, of_views = _pass(program, env, batch, weights, chosen.inline)
     yields: dict[int, Yield] = {}
-    for plan, total in zip(todo.inline, of_views, strict=True):
+    for plan, total in zip(chosen.inline, of_views, strict=True):
         _, (sq_norms,) = traces[plan.use.key]
         yields[plan.parameter] = sq_norms.sum(1), rearranged(plan.path.outer, total)
-    for tensor in todo.rules:
+    for tensor in chosen.rules:
         yields[tensor.parameter] = _of_tensor(program, env, tensor, traces)
-    for group in todo.groups:
+    for group in chosen.groups:
         if group.whole_loss:
             gradient, operands = instances.by_whole_loss(loss, leaves, structure, group), batch
         else:

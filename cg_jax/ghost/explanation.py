@@ -11,6 +11,7 @@ from cg_jax.ghost.capture import Use, capture
 from cg_jax.ghost.inline import InlinePlan
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
+from cg_jax.ghost.products import product_bytes
 from cg_jax.per_example import LossFn
 
 PyTree = Any
@@ -95,12 +96,12 @@ def explain(
     _validate.something_to_differentiate(kept)
     program, _ = capture(loss_fn, kept, jax.tree.map(_value, rest), example, has_aux)
     _validate.dependence(program.depends)
-    todo = cost.cheapest(program, max_bytes)
+    chosen = cost.cheapest(program, max_bytes)
     used = {i: [use for use, _ in uses] for i, uses in plan.uses_by_parameter(program).items()}
-    made = {tensor.parameter: _by_rule(tensor) for tensor in todo.rules}
-    for plan_inside in todo.inline:
+    made = {tensor.parameter: _by_rule(tensor) for tensor in chosen.rules}
+    for plan_inside in chosen.inline:
         made[plan_inside.parameter] = _inside(plan_inside)
-    for group in todo.groups:
+    for group in chosen.groups:
         size = plan.group_bytes(program, group.parameters, group.uses)
         made |= {i: _in_group(group, k, used[i], size) for k, i in enumerate(group.parameters)}
     nothing = ("none", 0, 0, 0, "no example's gradient reaches it" if program.is_dynamic() else _SAME)
@@ -136,12 +137,12 @@ def _by_rule(tensor: RulePlan) -> tuple[str, int, int, int, str]:
         return form, cost.of_rule(tensor), 0, tensor.chunk, ""
     if not isinstance(rule, Product):
         return form, cost.of_rule(tensor), 2 * plan.norm_bytes(tensor.places[0][0]), tensor.chunk, ""
-    return form, cost.of_rule(tensor), plan.product_bytes(rule, form, tensor.itemsize), tensor.chunk, ""
+    return form, cost.of_rule(tensor), product_bytes(rule, form, tensor.itemsize), tensor.chunk, ""
 
 
 def _inside(each: InlinePlan) -> tuple[str, int, int, int, str]:
     """The same for a tensor whose norms are taken inside a scan."""
-    size = 0 if each.product is None else plan.product_bytes(each.product, each.form, 4)
+    size = 0 if each.product is None else product_bytes(each.product, each.form, 4)
     return each.form, cost.of_use(each.use), size, each.chunk, ""
 
 

@@ -12,7 +12,6 @@ from cg_jax.ghost.capture import Program, Use, uses_of
 from cg_jax.ghost.evaluation import is_var, leading_to
 from cg_jax.ghost.inline import InlinePlan, inline_plan
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.products import product_bytes as product_bytes
 from cg_jax.ghost.products import product_chunk, product_form
 from cg_jax.ghost.rules import Norm, rule_for
 from cg_jax.ghost.tables import lift_norm
