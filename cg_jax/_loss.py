@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cg_jax import _compat, _validate, trees
 
@@ -53,7 +54,7 @@ def example_of(batch: PyTree) -> PyTree:
 
 def has_empty(tree: PyTree) -> bool:
     """Whether any array has no entry. JAX then leaves out operations, on the way from a parameter too."""
-    return any(leaf.size == 0 for leaf in jax.tree.leaves(tree))
+    return any(np.size(leaf) == 0 for leaf in jax.tree.leaves(tree))
 
 
 def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree, has_aux: bool = False) -> Any:

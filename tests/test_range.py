@@ -53,12 +53,6 @@ def _square(w, x):
     return (w @ x) ** 2
 
 
-def test_signs_that_cancel_are_told_of():
-    with pytest.warns(UserWarning, match="Expected random signs that do not cancel"):
-        assert np.isinf(cg.measure_coherence(_square, jnp.ones(4), np.ones((8, 4), np.float32), batch_size=8,
-                                             estimator="signs").alpha)  # fmt: skip
-
-
 def test_undefined_coherence_with_confidence_under_debug_nans():
     with jax.debug_nans(True), pytest.warns(UserWarning, match="Expected some gradient other than zero"):
         result = cg.measure_coherence(_square, jnp.zeros(4), np.ones((8, 4), np.float32), batch_size=8, confidence=True)

@@ -83,7 +83,7 @@ def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: in
         else:
             g = _dot(product, dtype, f"n{letters},ntp->n{order}", a, b)
         g = g.reshape(-1, n, *shape)
-        return g if scale is None else g * scale.astype(g.dtype)
+        return g if scale is None else g * scale.astype(g.dtype)[None]
 
     size = jax.tree.leaves(x)[0].shape[0]
     if size * n * d * p == 0:
