@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import _validate, explicit, trees
-from cg_jax.per_example import LossFn, each_devices_own, require_dependence
+from cg_jax._loss import LossFn, each_devices_own, require_dependence
 
 PyTree = Any
 

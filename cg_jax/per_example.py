@@ -10,15 +10,7 @@ from jax.sharding import PartitionSpec
 
 from cg_jax import _compat, _validate, explicit, trees
 from cg_jax._compiled import compiled, programs_of
-from cg_jax._loss import (  # noqa: F401
-    LossFn,
-    checked_loss,
-    checked_pair,
-    each_devices_own,
-    example_of,
-    require_dependence,
-    with_state,
-)
+from cg_jax._loss import LossFn, checked_pair, each_devices_own, require_dependence, with_state
 
 PyTree = Any
 

@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 import jax
 
 from cg_jax import _compat, _validate, trees
-from cg_jax._loss import with_state
+from cg_jax._loss import LossFn, with_state
 from cg_jax.ghost import cost, plan
 from cg_jax.ghost.capture import Use, capture
 from cg_jax.ghost.inline import InlinePlan
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import product_bytes
-from cg_jax.per_example import LossFn
 
 PyTree = Any
 

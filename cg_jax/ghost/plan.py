@@ -214,8 +214,8 @@ def _without_rule(program: Program, place: Place, path: Path | None) -> str | No
     name = _name(place)
     if name == "scan":
         return "the scan is taken whole: a parameter is in its carry, or its body cannot be taken apart"
-    rule = _norm(place, path) or rule_for(use.site.eqn, position)
-    rule = None if isinstance(rule, Norm) and _norm(place, path) is None else rule
+    rule = rule_for(use.site.eqn, position)
+    rule = _norm(place, path) if isinstance(rule, Norm) else rule
     if rule is None and name in _ELEMENTWISE and _is_cheap(program, use, position):
         return ""
     if path is None:
