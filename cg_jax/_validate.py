@@ -175,7 +175,7 @@ def pair(out: Any) -> None:
 
 def no_pair(out: Any, what: str) -> None:
     """TypeError where `out`, what loss_fn returned without has_aux, looks like (loss, auxiliary values)."""
-    if isinstance(out, tuple | list) and len(out) == 2 and getattr(out[0], "shape", None) == ():
+    if isinstance(out, tuple | list) and len(out) == 2:
         raise TypeError(
             f"Expected loss_fn to return one scalar, {what}, got shape {_described(out)}; to return (loss, aux), pass "
             "has_aux=True."

@@ -5,23 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import _validate, explicit, trees
-from cg_jax._loss import LossFn, each_devices_own, require_dependence
+from cg_jax._loss import LossFn, checked_pair, each_devices_own, example_of, require_dependence_on
+from cg_jax._per_batch import PerBatch
 
 PyTree = Any
 
 
 def micro_batch_grads(
-    loss_fn: Callable[[PyTree, PyTree], Any], k: int, *, batch_loss: bool = False, has_aux: bool = False
-) -> Callable[[PyTree, PyTree], PyTree]:
-    """The function (params, batch) → the mean gradient of each of k groups of the batch, [k, *param].
+    loss_fn: LossFn, k: int, *, batch_loss: bool = False, has_aux: bool = False
+) -> Callable[..., PyTree]:
+    """The function (params, batch, state=None) → the mean gradient of each of k groups of the batch, [k, *param].
 
     Row j is (k/B) Σ ∇ loss_fn(params, batch[i]) over the examples i of group j: rows j B/k to (j + 1) B/k of the batch.
     With batch_loss=True it is ∇ loss_fn(params, those rows), of a loss that takes a whole group and returns its mean.
-    Feeds `stacked`. Pure; call it inside your own jitted step. Where the batch is divided over devices, call it inside
+    Feeds `stacked`; call it inside your own jitted step. Where the batch is divided over devices, call it inside
     `jax.shard_map`: left to the compiler, every device would gather the batch and compute all groups.
 
     A loss of one example cannot use statistics of a batch: BatchNorm in training mode would normalise every example by
@@ -34,9 +34,9 @@ def micro_batch_grads(
         has_aux: loss_fn returns (scalar, aux), aux any pytree of arrays.
 
     Returns:
-        A function of params and batch (a pytree whose leaves share a leading axis B), which returns gradients like
-        params of [k, *param], None for integer leaves. With has_aux (gradients, aux), as `jax.grad`: each leaf of aux
-        has a leading axis B, or with batch_loss k.
+        A jitted function of params, batch (a pytree whose leaves share a leading axis B) and state (as for
+        `grad_moments`), which returns gradients like params of [k, *param], None for integer leaves. With has_aux
+        (gradients, aux), as `jax.grad`: each leaf of aux has a leading axis B, or with batch_loss k.
 
     Raises:
         ValueError: k < 1, k that does not divide B, an empty batch, leading axes that disagree, or a loss that does not
@@ -57,52 +57,47 @@ def micro_batch_grads(
         Array([-2., -8.], dtype=float32)
     """
     k = _validate.at_least("k", k, 1)
-    _validate.function("loss_fn", loss_fn)
-    of_group = _mean_loss(loss_fn, batch_loss, has_aux)
+    of_batch = _GRADS.of(loss_fn, has_aux, k=k, batch_loss=batch_loss)
 
-    def grads(params: PyTree, batch: PyTree) -> PyTree:
-        params, batch, size = _validate.arguments(params, batch)
-        _validate.divides("k", k, "the batch size B", size)
-        specs = functools.partial(_specs, batch_loss=batch_loss)
-        rows, aux = explicit.relaxed(of_groups, specs, params, jax.tree.map(jnp.asarray, batch))
-        return (rows, aux) if has_aux else rows
-
-    def of_groups(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        groups = jax.tree.map(lambda leaf: leaf.reshape(k, leaf.shape[0] // k, *leaf.shape[1:]), batch)
-        value: LossFn = lambda params, group: of_group(params, group)[0]  # noqa: E731
-        require_dependence(value, params, groups)
-        kept, rest = trees.partition(each_devices_own(value, params, groups))
-        loss = lambda kept, group: of_group(trees.combine(kept, rest), group)  # noqa: E731
-        rows, aux = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0))(kept, groups)
-        if not batch_loss:
-            aux = jax.tree.map(lambda leaf: leaf.reshape(k * leaf.shape[1], *leaf.shape[2:]), aux)
-        return rows, aux
+    def grads(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
+        return of_batch(params, batch, state)
 
     return grads
 
 
+def _micro_batch_grads(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, k: int, batch_loss: bool, has_aux: bool
+) -> tuple[PyTree, PyTree]:
+    size = jax.tree.leaves(batch)[0].shape[0]
+    _validate.divides("k", k, "the batch size B", size)
+    groups = jax.tree.map(lambda leaf: leaf.reshape(k, size // k, *leaf.shape[1:]), batch)
+    kept, rest = trees.partition(params)
+    loss = _mean_loss(loss_fn, rest, batch_loss, has_aux)
+    require_dependence_on(lambda kept, group: loss(kept, group)[0], kept, example_of(groups))
+    kept, _ = trees.partition(each_devices_own(lambda p, group: loss(trees.partition(p)[0], group)[0], params, groups))
+    rows, aux = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0))(kept, groups)
+    if not batch_loss:
+        aux = jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), aux)
+    return rows, aux
+
+
 def _mean_loss(
-    loss_fn: Callable[[PyTree, PyTree], Any], batch_loss: bool, has_aux: bool
+    loss_fn: LossFn, rest: PyTree, batch_loss: bool, has_aux: bool
 ) -> Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]:
     """(params, group) → (mean loss, aux; None without)."""
     what = "the mean loss of a batch" if batch_loss else "the loss of ONE example (else pass batch_loss=True)"
-
-    def checked(params: PyTree, data: PyTree) -> tuple[jax.Array, PyTree]:
-        out = loss_fn(params, data)
-        pair = isinstance(out, tuple) and len(out) == 2
-        if has_aux and not pair:
-            raise TypeError("Expected loss_fn to return a pair (loss, aux), got another result; or leave out has_aux.")
-        loss, aux = jax.tree.map(jnp.asarray, out if has_aux else (out, None))
-        _validate.scalar_loss(loss, f"{what} (a pair (loss, aux) needs has_aux=True)" if pair and not has_aux else what)
-        return loss, aux
+    pair = checked_pair(loss_fn, rest, what, has_aux)
 
     def mean(params: PyTree, group: PyTree) -> tuple[jax.Array, PyTree]:
-        losses, aux = jax.vmap(checked, in_axes=(None, 0))(params, group)
+        losses, aux = jax.vmap(pair, in_axes=(None, 0))(params, group)
         return losses.mean(), aux
 
-    return checked if batch_loss else mean
+    return pair if batch_loss else mean
 
 
-def _specs(params: PyTree, rows: Any, batch_loss: bool) -> tuple[PyTree, PartitionSpec]:
-    """As the parameters, whatever the examples are divided over; what is of single examples, as they are."""
+def _specs(params: PyTree, rows: Any, batch_loss: bool, **_: Any) -> tuple[PyTree, PartitionSpec]:
+    """Gradients are sharded as the parameters, whatever the examples are sharded over; aux of examples as they are."""
     return jax.tree.map(functools.partial(explicit.behind, None), params), PartitionSpec(None if batch_loss else rows)
+
+
+_GRADS = PerBatch(_micro_batch_grads, _specs)

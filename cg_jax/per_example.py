@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cg_jax import _compat, _validate, explicit, trees
-from cg_jax._compiled import compiled, programs_of
-from cg_jax._loss import LossFn, checked_pair, each_devices_own, require_dependence, with_state
+from cg_jax import _compat, explicit, trees
+from cg_jax._loss import LossFn, checked_pair, each_devices_own, require_dependence
+from cg_jax._per_batch import PerBatch, direction_of, rows_specs
 
 PyTree = Any
 
@@ -33,10 +33,16 @@ def losses_and_grads(
     return losses, grads, aux
 
 
-@compiled(static=1, taker="per_example_grads")
-def _grads(loss_fn: LossFn, has_aux: bool, params: PyTree, batch: PyTree, state: PyTree) -> PyTree:
-    _, grads, aux = losses_and_grads(with_state(loss_fn, state), params, batch, has_aux)
-    return (grads, aux) if has_aux else grads
+def _per_example_grads(loss_fn: LossFn, params: PyTree, batch: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
+    _, grads, aux = losses_and_grads(loss_fn, params, batch, has_aux)
+    return grads, aux
+
+
+def _grads_specs(params: PyTree, rows: Any, **_: Any) -> tuple[PyTree, PartitionSpec]:
+    return jax.tree.map(functools.partial(explicit.behind, rows), params), PartitionSpec(rows)
+
+
+_GRADS = PerBatch(_per_example_grads, _grads_specs)
 
 
 def per_example_grads(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., PyTree]:
@@ -64,20 +70,12 @@ def per_example_grads(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[...
         >>> cg.per_example_grads(lambda w, x: 0.5 * (w - x) ** 2)(jax.numpy.zeros(()), jax.numpy.array([1.0, 4.0, 7.0]))
         Array([-1., -4., -7.], dtype=float32)
     """
-    _validate.function("loss_fn", loss_fn)
-    programs = programs_of(loss_fn)
+    of_batch = _GRADS.of(loss_fn, has_aux)
 
     def grads(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
-        params, batch, _ = _validate.arguments(params, batch)
-        of_batch = functools.partial(_grads, programs, has_aux)
-        return explicit.relaxed(of_batch, functools.partial(_grads_specs, has_aux), params, batch, state)
+        return of_batch(params, batch, state)
 
     return grads
-
-
-def _grads_specs(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
-    grads = jax.tree.map(functools.partial(explicit.behind, rows), params)
-    return (grads, PartitionSpec(rows)) if has_aux else grads
 
 
 def aligned(
@@ -93,8 +91,8 @@ def aligned(
     if not _is_narrow(jaxpr, kept):
         tangents = jax.tree.map(lambda v, p: v.astype(p.dtype), along, kept)
         if _compat.has_forward_mode(lambda p: pairs(p)[0], (kept,), (tangents,)):
-            _, found, aux = jax.jvp(pairs, (kept,), (tangents,), has_aux=True)
-            return found, aux
+            _, products, aux = jax.jvp(pairs, (kept,), (tangents,), has_aux=True)
+            return products, aux
 
     def of_example(example: PyTree) -> tuple[jax.Array, PyTree]:
         grad, aux = jax.grad(pair, has_aux=True)(kept, example)
@@ -116,12 +114,13 @@ def _is_narrow(jaxpr: Any, kept: PyTree) -> bool:
     )
 
 
-@compiled(static=1, taker="alignments")
 def _alignments(
-    loss_fn: LossFn, has_aux: bool, params: PyTree, batch: PyTree, direction: PyTree, state: PyTree
-) -> PyTree:
-    found, aux = aligned(with_state(loss_fn, state), params, batch, direction, has_aux)
-    return (found, aux) if has_aux else found
+    loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTree, has_aux: bool
+) -> tuple[jax.Array, PyTree]:
+    return aligned(loss_fn, params, batch, direction, has_aux)
+
+
+_ALIGNMENTS = PerBatch(_alignments, rows_specs, {"direction": direction_of})
 
 
 def alignments(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
@@ -154,20 +153,9 @@ def alignments(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         >>> cg.alignments(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]), 2.0)
         Array([ -2.,  -8., -14.], dtype=float32)
     """
-    _validate.function("loss_fn", loss_fn)
-    programs = programs_of(loss_fn)
+    of_batch = _ALIGNMENTS.of(loss_fn, has_aux)
 
-    def of_batch(params: PyTree, batch: PyTree, direction: PyTree, state: PyTree = None) -> Any:
-        params, batch, _ = _validate.arguments(params, batch)
-        direction = _validate.arrays("direction", direction)
-        kept, rest = trees.partition(params)
-        along = trees.partition(direction)[0] if jax.tree.leaves(rest) else direction
-        _validate.same_structure("direction", along, "params", kept)
-        along = jax.tree.map(jnp.asarray, along)
-        return explicit.relaxed(
-            functools.partial(_alignments, programs, has_aux),
-            lambda _, rows: PartitionSpec(rows),
-            *(params, batch, along, state),
-        )
+    def aligned_with(params: PyTree, batch: PyTree, direction: PyTree, state: PyTree = None) -> Any:
+        return of_batch(params, batch, state, direction=direction)
 
-    return of_batch
+    return aligned_with

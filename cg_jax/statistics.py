@@ -1,6 +1,5 @@
 """Sums and norms of the per-example gradients of one batch: dispatch between the engine and vmap(grad)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cg_jax import _validate, explicit, ghost, trees
-from cg_jax._compiled import compiled, programs_of
-from cg_jax._loss import LossFn, each_devices_own, with_state
+from cg_jax import _validate, ghost, trees
+from cg_jax._loss import LossFn, each_devices_own
+from cg_jax._per_batch import PerBatch, mask_of, rows_specs
 from cg_jax.moments import GradMoments
 from cg_jax.per_example import losses_and_grads
 
@@ -77,10 +76,10 @@ def batch_statistics(
         batch, weights = fill_masked(batch, mask), mask.astype(jnp.float32)
     params = each_devices_own(loss_fn, params, batch, has_aux)
     if method == "ghost":
-        found = ghost.statistics(loss_fn, params, batch, weights, max_bytes, has_aux=has_aux)
+        of_batch = ghost.statistics(loss_fn, params, batch, weights, max_bytes, has_aux=has_aux)
     else:
-        found = _vmap_statistics(loss_fn, params, batch, weights, has_aux)
-    losses, sq_norms, sum_grads, aux = found
+        of_batch = _vmap_statistics(loss_fn, params, batch, weights, has_aux)
+    losses, sq_norms, sum_grads, aux = of_batch
     losses = trees.accumulate(losses)
     if mask is not None:
         losses, sq_norms, aux = _zero_where(~mask, (losses, sq_norms, aux))
@@ -98,28 +97,34 @@ def to_moments(statistics: BatchStatistics, count: Any) -> GradMoments:
     )
 
 
-@compiled(static=3, taker="grad_moments")
-def _moments(
+def _grad_moments(
     loss_fn: LossFn,
-    method: str,
-    max_bytes: int | None,
-    has_aux: bool,
     params: PyTree,
     batch: PyTree,
     mask: jax.Array | None,
-    state: PyTree,
-) -> Any:
-    statistics = batch_statistics(with_state(loss_fn, state), params, batch, mask, method, max_bytes, has_aux)
+    method: str,
+    max_bytes: int | None,
+    has_aux: bool,
+) -> tuple[GradMoments, PyTree]:
+    statistics = batch_statistics(loss_fn, params, batch, mask, method, max_bytes, has_aux)
     moments = to_moments(statistics, statistics.losses.size if mask is None else mask.sum())
-    return (moments, statistics.aux) if has_aux else moments
+    return moments, statistics.aux
 
 
-@compiled(static=3, taker="per_example_sq_norms")
-def _sq_norms(
-    loss_fn: LossFn, method: str, max_bytes: int | None, has_aux: bool, params: PyTree, batch: PyTree, state: PyTree
-) -> Any:
-    statistics = batch_statistics(with_state(loss_fn, state), params, batch, None, method, max_bytes, has_aux)
-    return (statistics.sq_norms, statistics.aux) if has_aux else statistics.sq_norms
+def _moments_specs(params: PyTree, rows: Any, **_: Any) -> tuple[Any, PartitionSpec]:
+    whole: Any = PartitionSpec()
+    return GradMoments(whole, whole, params, jax.tree.map(lambda _: whole, params)), PartitionSpec(rows)
+
+
+def _per_example_sq_norms(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, method: str, max_bytes: int | None, has_aux: bool
+) -> tuple[PyTree, PyTree]:
+    statistics = batch_statistics(loss_fn, params, batch, None, method, max_bytes, has_aux)
+    return statistics.sq_norms, statistics.aux
+
+
+_MOMENTS = PerBatch(_grad_moments, _moments_specs, {"mask": mask_of})
+_SQ_NORMS = PerBatch(_per_example_sq_norms, rows_specs)
 
 
 def grad_moments(
@@ -174,26 +179,12 @@ def grad_moments(
         >>> int(moments.count), float(moments.sum_grads), float(moments.sum_sq_norms)
         (3, -12.0, 66.0)
     """
-    _validate.function("loss_fn", loss_fn)
-    _validate.one_of("method", method, METHODS, "call it as grad_moments(loss_fn)(params, batch)")
-    _validate.max_bytes(max_bytes)
-    programs = programs_of(loss_fn)
+    of_batch = _of_loss(_MOMENTS, loss_fn, method, max_bytes, has_aux)
 
     def moments(params: PyTree, batch: PyTree, mask: Any = None, state: PyTree = None) -> Any:
-        params, batch, size = _validate.arguments(params, batch)
-        if mask is not None:
-            mask = jnp.asarray(mask)
-            _validate.mask_shape(mask, size)
-        of_batch = functools.partial(_moments, programs, method, max_bytes, has_aux)
-        return explicit.relaxed(of_batch, functools.partial(_moments_specs, has_aux), params, batch, mask, state)
+        return of_batch(params, batch, state, mask=mask)
 
     return moments
-
-
-def _moments_specs(has_aux: bool, params: PyTree, rows: Any) -> Any:
-    whole: Any = PartitionSpec()
-    moments = GradMoments(whole, whole, params, jax.tree.map(lambda _: whole, params))
-    return (moments, PartitionSpec(rows)) if has_aux else moments
 
 
 def per_example_sq_norms(
@@ -225,19 +216,19 @@ def per_example_sq_norms(
         >>> cg.per_example_sq_norms(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]))
         Array([ 1., 16., 49.], dtype=float32)
     """
-    _validate.function("loss_fn", loss_fn)
-    _validate.one_of("method", method, METHODS, "call it as per_example_sq_norms(loss_fn)(params, batch)")
-    _validate.max_bytes(max_bytes)
-    programs = programs_of(loss_fn)
+    of_batch = _of_loss(_SQ_NORMS, loss_fn, method, max_bytes, has_aux)
 
     def sq_norms(params: PyTree, batch: PyTree, state: PyTree = None) -> PyTree:
-        params, batch, _ = _validate.arguments(params, batch)
-        of_batch = functools.partial(_sq_norms, programs, method, max_bytes, has_aux)
-        return explicit.relaxed(of_batch, functools.partial(_norms_specs, has_aux), params, batch, state)
+        return of_batch(params, batch, state)
 
     return sq_norms
 
 
-def _norms_specs(has_aux: bool, params: PyTree, rows: Any) -> PyTree:
-    norms = jax.tree.map(lambda _: PartitionSpec(rows), params)
-    return (norms, PartitionSpec(rows)) if has_aux else norms
+def _of_loss(
+    family: PerBatch, loss_fn: LossFn, method: str, max_bytes: int | None, has_aux: bool
+) -> Callable[..., Any]:
+    """A function of (params, batch) by a method."""
+    _validate.function("loss_fn", loss_fn)  # first: it is the first argument
+    _validate.one_of("method", method, METHODS, f"call it as {family.name}(loss_fn)(params, batch)")
+    _validate.max_bytes(max_bytes)
+    return family.of(loss_fn, has_aux, method=method, max_bytes=max_bytes)

@@ -48,7 +48,10 @@ def same(got, want):
 
 def programs():
     """How many programs of a loss were compiled so far."""
-    compiled = (statistics._moments, statistics._sq_norms, per_example._grads, per_example._alignments)
+    compiled = (
+        each.program
+        for each in (statistics._MOMENTS, statistics._SQ_NORMS, per_example._GRADS, per_example._ALIGNMENTS)
+    )
     return sum(each._cache_size() for each in (*compiled, stream._step, stream._zeros, stream._deviation_step))
 
 

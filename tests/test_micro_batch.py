@@ -149,14 +149,14 @@ def test_the_loss_of_a_batch_inside_shard_map(check_vma):
         (
             lambda w, x: (x * w, 1),
             {},
-            r"one scalar, the loss of ONE example \(else pass batch_loss=True\) .*has_aux=True",
+            r"one scalar, the loss of ONE example \(else pass batch_loss=True\),.*has_aux=True",
         ),
         (lambda w, x: x * w, {}, r"the loss of ONE example \(else pass batch_loss=True\), got shape \(4,\)"),
         (lambda w, x: x @ w, {"batch_loss": True}, r"one scalar, the mean loss of a batch, got shape \(4,\)"),
         (
             lambda w, x: (x * w).sum(),
             {"has_aux": True},
-            r"return a pair \(loss, aux\), got another result; or leave out",
+            r"to return \(loss, aux\) with has_aux=True, got",
         ),
         (lambda w, x: (x * w, 1), {"has_aux": True}, r"one scalar, the loss of ONE example .*, got shape \(4,\)"),
         (3.0, {}, "Expected loss_fn to be a function, got float"),

@@ -1,0 +1,82 @@
+"""The one builder of public functions of (params, batch): checks, compilation, Explicit axes, shardings of outputs."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from cg_jax import _validate, explicit, trees
+from cg_jax._compiled import Compiled, programs_of
+from cg_jax._loss import LossFn, with_state
+
+PyTree = Any
+# (the value of an argument, params, B) → its value as arrays; raises where it does not fit
+Check = Callable[[Any, PyTree, int], Any]
+
+
+class PerBatch:
+    """A function of (params, batch) for each loss, from a body that computes it.
+
+    The body is (loss_fn, params, batch, **arguments, **options) → (result, auxiliary values or None). Arguments are
+    arrays, which `checks` convert; options are static. Its name, less a leading underscore, is that of the public
+    function. `specs` is (specs of the parameters, the axes that the examples are sharded over, **options) → specs of
+    the pair: the shardings of the outputs on a mesh with Explicit axes.
+    """
+
+    def __init__(
+        self, body: Callable[..., Any], specs: Callable[..., Any], checks: Mapping[str, Check] | None = None
+    ) -> None:
+        @functools.wraps(body)
+        def of_arrays(
+            loss_fn: LossFn, options: Any, params: PyTree, batch: PyTree, state: PyTree, arguments: dict[str, Any]
+        ) -> Any:
+            return body(with_state(loss_fn, state), params, batch, **arguments, **dict(options))
+
+        self.name = body.__name__.lstrip("_")
+        self.program = Compiled(of_arrays, static=1, taker=self.name)
+        self.specs, self.checks = specs, checks or {}
+
+    def of(self, loss_fn: LossFn, has_aux: bool, **options: Any) -> Callable[..., Any]:
+        """The function (params, batch, state, **arguments) → result, or with has_aux (result, auxiliary values)."""
+        _validate.function("loss_fn", loss_fn)
+        programs, options = programs_of(loss_fn), options | {"has_aux": has_aux}
+        program = functools.partial(self.program, programs, tuple(sorted(options.items())))
+        specs = functools.partial(self.specs, **options)
+
+        def of_batch(params: PyTree, batch: PyTree, state: PyTree = None, **arguments: Any) -> Any:
+            params, batch, size = _validate.arguments(params, batch)
+            for name, check in self.checks.items():
+                arguments[name] = check(arguments[name], params, size)
+            result, aux = explicit.relaxed(program, specs, params, batch, state, arguments)
+            return (result, aux) if has_aux else result
+
+        return of_batch
+
+
+def mask_of(mask: Any, params: PyTree, size: int) -> jax.Array | None:
+    """A mask, boolean [B], or None."""
+    del params
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    _validate.mask_shape(mask, size)
+    return mask
+
+
+def direction_of(direction: Any, params: PyTree, size: int) -> PyTree:
+    """A direction like the differentiable leaves of params."""
+    del size
+    direction = _validate.arrays("direction", direction)
+    kept, rest = trees.partition(params)
+    along = trees.partition(direction)[0] if jax.tree.leaves(rest) else direction
+    _validate.same_structure("direction", along, "params", kept)
+    return jax.tree.map(jnp.asarray, along)
+
+
+def rows_specs(params: PyTree, rows: Any, **_: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    """The result has a leading axis of examples and no other that is sharded; so have the auxiliary values."""
+    del params
+    return PartitionSpec(rows), PartitionSpec(rows)
