@@ -36,7 +36,7 @@ class Programs(NamedTuple):
 
 def of_measurement(*arguments: Any, **options: Any) -> Programs:
     """The programs of `cg_jax.measure_coherence(*arguments, **options)`."""
-    compiled, step, finish = {}, stream._step, stream._finish
+    compiled, step, finish = {}, stream.step, stream.finish
 
     def noting(name: str, f: Any) -> Any:
         def call(*given: Any) -> Any:
@@ -46,9 +46,9 @@ def of_measurement(*arguments: Any, **options: Any) -> Programs:
 
         return call
 
-    stream._step, stream._finish = noting("batch", step), noting("end", finish)
+    stream.step, stream.finish = noting("batch", step), noting("end", finish)
     try:
         result = measure_coherence(*arguments, **options)
     finally:
-        stream._step, stream._finish = step, finish
+        stream.step, stream.finish = step, finish
     return Programs(result, compiled["batch"], compiled["end"])

@@ -4,6 +4,7 @@ from cg_jax.aggregate import consecutive, m3, median_of_k, ra3, rm3, rolling, st
 from cg_jax.bound import generalization_bound
 from cg_jax.checked import checked
 from cg_jax.collective import across_devices
+from cg_jax.estimators import Batch, Estimator, Exact, Signs, register_estimator
 from cg_jax.ghost import explain, register_rule
 from cg_jax.measure import measure_coherence
 from cg_jax.metrics import Coherence, Ratios, coherence
@@ -16,9 +17,13 @@ from cg_jax.statistics import grad_moments, per_example_sq_norms
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
     "Coherence",
+    "Estimator",
+    "Exact",
     "GradMoments",
     "Ratios",
+    "Signs",
     "across_devices",
     "alignments",
     "checked",
@@ -37,6 +42,7 @@ __all__ = [
     "per_example_grads",
     "per_example_sq_norms",
     "ra3",
+    "register_estimator",
     "register_rule",
     "rm3",
     "rolling",

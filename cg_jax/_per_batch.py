@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cg_jax import _validate, explicit, trees
+from cg_jax import _validate, trees
 from cg_jax._compiled import Compiled, programs_of
 from cg_jax._loss import LossFn, with_state
+from cg_jax.sharding.explicit_axes import with_auto_axes
 
 PyTree = Any
 # (the value of an argument, params, B) → its value as arrays; raises where it does not fit
@@ -50,7 +51,7 @@ class PerBatch:
             params, batch, size = _validate.arguments(params, batch)
             for name, check in self.checks.items():
                 arguments[name] = check(arguments[name], params, size)
-            result, aux = explicit.relaxed(program, specs, params, batch, state, arguments)
+            result, aux = with_auto_axes(program, specs, params, batch, state, arguments)
             return (result, aux) if has_aux else result
 
         return of_batch

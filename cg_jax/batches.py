@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec
 
 from cg_jax import _validate
 from cg_jax._data import is_arrays
-from cg_jax.layout import Layout, as_auto
+from cg_jax.sharding import Layout, OnMesh
+from cg_jax.sharding.explicit_axes import auto_arrays
 
 PyTree = Any
 
@@ -39,15 +40,13 @@ class Batches(NamedTuple):
         return all(size == self.share for size in batch.sizes)
 
 
-def batches_of(data: Any, batch_size: int, layout: Layout | None, whole: bool) -> Batches:
+def batches_of(data: Any, batch_size: int, layout: Layout, whole: bool) -> Batches:
     """The batches of `data`, on the devices of the layout. With `whole`, only those that are."""
-    several = layout is not None and jax.process_count() > 1
-    if layout is not None and is_arrays(data) and _on_devices(data, layout):
-        data = as_auto(data)
+    data = auto_arrays(data) if is_arrays(data) else data
+    if is_arrays(data) and isinstance(layout, OnMesh) and layout.holds(data):
         return _device_batches(data, _validate.leading_axis("data", data), batch_size, layout, whole)
-    if layout is not None and several:
-        layout.require_places_of_one_process()
-    shape = _Shape.of(batch_size, layout)
+    layout.require_own_rows()
+    shape, several = _Shape.of(batch_size, layout), layout.spans_processes
     if is_arrays(data):
         size, sizes = _agreed(lambda: (_validate.leading_axis("data", data), data), batch_size, several)
         share = shape.rows(int(sizes.max()))
@@ -55,7 +54,7 @@ def batches_of(data: Any, batch_size: int, layout: Layout | None, whole: bool) -
     else:
         number = None if several else _length(data)
         batches = _iterable_batches(data, shape, batch_size, several)
-    return Batches(batches if layout is None else _put(layout, batches), number, shape.share)
+    return Batches(_put(layout, batches), number, shape.share)
 
 
 class _Shape(NamedTuple):
@@ -65,10 +64,8 @@ class _Shape(NamedTuple):
     local: int  # devices along the data axis that the process feeds
 
     @classmethod
-    def of(cls, batch_size: int, layout: Layout | None) -> "_Shape":
-        if layout is None:
-            return cls(batch_size, 1)
-        return cls(-(-batch_size // layout.num_shards) * layout.local_shards(), layout.local_shards())
+    def of(cls, batch_size: int, layout: Layout) -> "_Shape":
+        return cls(-(-batch_size // layout.num_shards) * layout.local_shards, layout.local_shards)
 
     def rows(self, most: int) -> int:
         """The rows that hold `most` examples, the same number for each device; at most those of a whole batch."""
@@ -90,7 +87,7 @@ def _put(layout: Layout, batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _agreed(next_rows: Callable[[], tuple[int, PyTree]], batch_size: int, several: bool) -> tuple[int, np.ndarray]:
-    """(how many examples this process has next, how many every process has), given those and what they lie in.
+    """(how many examples this process has next, how many every process has), given those and the rows themselves.
 
     An error in one process is raised in all: the others would wait for it. So is one of processes that do not agree.
     """
@@ -101,8 +98,8 @@ def _agreed(next_rows: Callable[[], tuple[int, PyTree]], batch_size: int, severa
     try:
         size, rows = next_rows()
         kind = f"batch_size={batch_size} and rows of {jax.tree.map(_row_type, rows)}"
-    except Exception as found:
-        error = found
+    except Exception as raised:
+        error = raised
     mine = np.array([size, zlib.crc32(kind.encode()) >> 1], np.int32)
     sizes, kinds = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 2).T
     if error is not None:
@@ -158,7 +155,7 @@ def _iterable_batches(data: Iterable[PyTree], shape: _Shape, batch_size: int, se
             )
         if more is None:
             return 0, rows
-        rows = as_auto(_validate.arrays("batch", more))
+        rows = auto_arrays(_validate.arrays("batch", more))
         size = _validate.leading_axis("batch", rows)
         if size > limit:
             most = (
@@ -180,18 +177,7 @@ def _iterable_batches(data: Iterable[PyTree], shape: _Shape, batch_size: int, se
         start += size
 
 
-def _on_devices(data: PyTree, layout: Layout) -> bool:
-    """Whether all leaves are on the devices of the layout; of a leaf that JAX may move, on any one device."""
-    leaves = jax.tree.leaves(data)
-    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return False
-    if jax.process_count() > 1:
-        return not any(leaf.is_fully_addressable for leaf in leaves)
-    there = set(layout.mesh.devices.flat)
-    return all(leaf.sharding.device_set == there or not leaf.committed for leaf in leaves)
-
-
-def _device_batches(data: PyTree, size: int, batch_size: int, layout: Layout, whole: bool) -> Batches:
+def _device_batches(data: PyTree, size: int, batch_size: int, layout: OnMesh, whole: bool) -> Batches:
     """The batches of arrays on devices. Of whole ones each is of consecutive examples; else each device takes its own
     examples, wherever they stand, and nothing is moved.
     """
@@ -220,7 +206,7 @@ def _cut_all(cut: Callable[..., tuple[PyTree, jax.Array]], data: PyTree, sizes: 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _in_whole_batches(layout: Layout, batch_size: int, data: PyTree) -> PyTree:
+def _in_whole_batches(layout: OnMesh, batch_size: int, data: PyTree) -> PyTree:
     """[number, batch_size, ...], each batch divided over the data axis; the odd rest left out."""
     spec = PartitionSpec(None, layout.axis)
 
@@ -233,7 +219,7 @@ def _in_whole_batches(layout: Layout, batch_size: int, data: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _one_of(layout: Layout, batch_size: int, arranged: PyTree, step: jax.Array) -> tuple[PyTree, jax.Array]:
+def _one_of(layout: OnMesh, batch_size: int, arranged: PyTree, step: jax.Array) -> tuple[PyTree, jax.Array]:
     """(rows, ids) of one batch."""
     rows = jax.tree.map(lambda leaf: layout.constrain(leaf[step], PartitionSpec(layout.axis)), arranged)
     return rows, layout.constrain(
@@ -242,7 +228,7 @@ def _one_of(layout: Layout, batch_size: int, arranged: PyTree, step: jax.Array) 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _over_shards(layout: Layout, each: int, data: PyTree) -> PyTree:
+def _over_shards(layout: OnMesh, each: int, data: PyTree) -> PyTree:
     """Leaves with `each` rows on every device of the data axis, the last row repeated where they do not divide."""
 
     def spread(leaf: jax.Array) -> jax.Array:
@@ -258,7 +244,7 @@ def _over_shards(layout: Layout, each: int, data: PyTree) -> PyTree:
 class _Cut:
     """Each device's own `each` examples of `size` in all, `chunk` at a time."""
 
-    layout: Layout
+    layout: OnMesh
     size: int
     each: int
     chunk: int

@@ -5,23 +5,23 @@ import dataclasses
 import functools
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cg_jax import _compat, _validate
-from cg_jax._compiled import Programs, programs_of
+from cg_jax._compiled import programs_of
 from cg_jax._data import checked, is_arrays
 from cg_jax._loss import LossFn
 from cg_jax.batches import batches_of
-from cg_jax.estimators import ESTIMATORS, Estimator, Inputs, Sums
-from cg_jax.layout import Layout, as_auto, auto_context
+from cg_jax.estimators import Estimator, estimator_of
 from cg_jax.metrics import Coherence
-from cg_jax.statistics import METHODS
-from cg_jax.stream import Run
+from cg_jax.moments import GradMoments
+from cg_jax.sharding import layout_of
+from cg_jax.sharding.explicit_axes import auto_context
+from cg_jax.stream import Inputs, Measurement, Setup
 
 PyTree = Any
 
@@ -29,8 +29,8 @@ NONFINITE = ("raise", "skip", "propagate")
 
 
 @contextlib.contextmanager
-def _bar(progress: bool, total: int | None) -> Iterator[Any]:
-    """A progress bar over batches, or what stands in for one."""
+def _bar(progress: bool, total: int | None) -> Generator[Any]:
+    """A progress bar over batches, or a no-op."""
     if not progress:
         yield types.SimpleNamespace(update=lambda: None)
         return
@@ -42,14 +42,7 @@ def _bar(progress: bool, total: int | None) -> Iterator[Any]:
         yield bar
 
 
-def _check_confidence(confidence: bool, estimator: str, data: Any) -> None:
-    if not confidence:
-        return
-    if estimator != "exact":
-        raise ValueError(
-            f"Expected estimator='exact' with confidence=True, got estimator={estimator!r}, whose alpha_stderr, "
-            "that of the estimate, is always given."
-        )
+def _check_read_twice(data: Any) -> None:
     if not (is_arrays(data) or isinstance(data, list)):
         raise TypeError(
             "Expected data to be arrays or a list of batches with confidence=True, which reads it twice, got "
@@ -58,7 +51,7 @@ def _check_confidence(confidence: bool, estimator: str, data: Any) -> None:
 
 
 @contextlib.contextmanager
-def _note_on_lists(data: Any) -> Iterator[None]:
+def _note_on_lists(data: Any) -> Generator[None]:
     """Beside an error of a loss that was given items of a list, what a list means."""
     try:
         yield
@@ -80,16 +73,6 @@ def _check_outside(params: PyTree, state: PyTree, data: Any) -> None:
         )
 
 
-def _check_mesh(mesh: Any, data_axis: str | None) -> None:
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise TypeError(
-            f"Expected mesh to be a jax.sharding.Mesh or None, got {type(mesh).__name__}; jax.make_mesh makes one."
-        )
-    if data_axis is not None and (mesh is None or not isinstance(data_axis, str)):
-        what = "with mesh" if mesh is None else "to be the name of one axis"
-        raise ValueError(f"Expected data_axis {what}, got data_axis={data_axis!r}.")
-
-
 def measure_coherence(
     loss_fn: LossFn,
     params: PyTree,
@@ -101,7 +84,7 @@ def measure_coherence(
     mesh: Mesh | None = None,
     data_axis: str | None = None,
     method: str = "ghost",
-    estimator: str = "exact",
+    estimator: str | Estimator = "exact",
     confidence: bool = False,
     nonfinite: str = "raise",
     seed: int = 0,
@@ -138,23 +121,16 @@ def measure_coherence(
         mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all, its axes Auto or Explicit.
         data_axis: The one axis of the mesh that examples are divided over; without it its only axis, or "data".
         method: "ghost", or "vmap" for the plain reference; of estimator "exact".
-        estimator: "exact"; or one that needs no per-example gradients, for losses that the engine is not for:
-            "signs", Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1, one term for each batch on each device, the mean of
-            two draws: three ordinary backward passes. Its sums over a batch are in the dtype of the model: for float16
-            and narrower ones take "exact".
-            "batch", from mean gradients of disjoint batches of k = batch_size, for losses that see the whole batch
-            (BatchNorm in training): α = c α_W / (1 − α_W (1 − c)), c = (m − k)/(k (m − 1)), with α_W that of the mean
-            gradients. Batches must be random: shuffle data that comes in order of class. Those that are not whole are
-            left out and counted in num_skipped; m is what was used. Every batch ends in an all-reduce. One batch alone:
-            α is NaN.
+        estimator: "exact", or an estimator that needs no per-example gradients, for losses that the engine is not for:
+            "signs" by random signs, three ordinary backward passes; "batch" from mean gradients of disjoint batches of
+            batch_size, for losses that see the whole batch (BatchNorm in training). Or an object with its options
+            inside: `Exact`, `Signs`, `Batch`, whose docstrings have the formulas, or an `Estimator` of your own.
         confidence: Estimator "exact": give alpha_stderr, the infinitesimal jackknife's standard error of α over new
             samples of m examples, by one more pass over the data (arrays or a list). It is about the mean α of such
             samples, which is above the population's by (1 − α)/m: see alpha_unbiased. Near the orthogonal limit, below
-            α of about 10/m, it is too large (up to twice). Estimators "signs" and "batch" always give alpha_stderr, of
-            the estimate around the exact α of the same examples: of "signs" by the draws of signs; of "batch" by how
-            far pairs of batches are apart (NaN below 4 batches), too large where norms differ much between examples.
-            Both are rough where they follow from few batches. NaN too where squares of squared norms leave the range of
-            the dtype.
+            α of about 10/m, it is too large (up to twice). "signs" and "batch" always give alpha_stderr, of the
+            estimate around the exact α of the same examples; rough where it follows from few batches. NaN where squares
+            of squared norms leave the range of the dtype.
         nonfinite: What a loss or gradient that is not finite does, or one whose squared norm is not (a norm above
             1.8e19 in float32). "raise": FloatingPointError with how many and the
             first index. "skip": the example is left out and counted in num_skipped ("signs", "batch": its whole
@@ -167,7 +143,8 @@ def measure_coherence(
         UserWarning, and NaN, where all gradients are zero.
 
     Raises:
-        ValueError: batch_size < 1, unknown method, estimator or nonfinite, empty data, leading axes that disagree, a
+        ValueError: batch_size < 1, unknown method, estimator or nonfinite, an option beside an estimator object, empty
+            data, leading axes that disagree, a
             batch larger than batch_size, data_axis that is none of the mesh or without one, estimator "batch" with a
             batch_size that the devices do not divide, confidence with another estimator than "exact", a loss that does
             not depend on params, or processes that do not agree on batch_size or on what a row of data is.
@@ -192,38 +169,30 @@ def measure_coherence(
     batch_size = _validate.at_least("batch_size", batch_size, 1)
     _validate.function("loss_fn", loss_fn)
     params = _validate.parameters(params, shapes=False)
-    _validate.one_of("method", method, METHODS)
-    _validate.one_of("estimator", estimator, ESTIMATORS)
-    seed = _validate.at_least("seed", seed, 0) % 2**32
+    options = {"method": (method, "ghost"), "confidence": (confidence, False), "seed": (seed, 0)}
+    chosen = estimator_of(estimator, options)
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
-    _check_mesh(mesh, data_axis)
+    layout = layout_of(mesh, data_axis, params, state)
     data = checked(params, data)
-    _check_confidence(confidence, estimator, data)
+    if chosen.revisits:
+        _check_read_twice(data)
     _check_outside(params, state, data)
-    layout = None if mesh is None else _layout(mesh, data_axis, params, state)
-    axis = layout.axis if layout is not None and estimator != "batch" else None
-    # Where only the shapes of batches matter, programs do not depend on batch_size.
-    k = batch_size if estimator == "batch" else 0
-    how = Estimator(estimator, method, k, nonfinite != "propagate", axis, has_aux)
-    programs = programs_of(loss_fn)
     # Data on the host is moved because it was asked for: transfer guards are about what was not.
     with auto_context(), jax.transfer_guard("allow"):
-        inputs = Inputs(params, state, jnp.asarray(seed, jnp.uint32))
-        found, sums = _measured(programs, how, layout, inputs, data, batch_size, nonfinite, confidence, progress)
-    _warn_of_zeros(found, sums)
-    return found
+        compiled_for, arrays = chosen.split()
+        setup = Setup(compiled_for, layout, nonfinite != "propagate", has_aux)
+        params, state = layout.place((params, state))
+        inputs = Inputs(params, state, arrays)
+        measurement = Measurement(programs_of(loss_fn), setup, inputs, nonfinite, chosen.revisits)
+        measured, moments = _measured(measurement, data, batch_size, progress)
+    _warn_of_zeros(measured, moments)
+    return measured
 
 
-def _layout(mesh: Mesh, data_axis: str | None, params: PyTree, state: PyTree) -> Layout:
-    """The layout of parameters and state; sums are like the parameters alone."""
-    kept = Layout.of(mesh, data_axis, params).kept
-    return dataclasses.replace(Layout.of(mesh, data_axis, (params, state)), kept=kept)
-
-
-def _warn_of_zeros(found: Coherence, sums: Sums) -> None:
-    squares = jax.tree.leaves(sums.moments.sum_sq_norms)
-    count, mean, *squares = jax.device_get((found.count, found.mean_grad_norm, *squares))
-    if count > 0 and not any((mean, *squares)):  # random signs may cancel
+def _warn_of_zeros(measured: Coherence, moments: GradMoments) -> None:
+    squares = jax.tree.leaves(moments.sum_sq_norms)
+    count, mean, *squares = jax.device_get((measured.count, measured.mean_grad_norm, *squares))
+    if count > 0 and not mean and not any(square > 0 for square in squares):  # random signs may cancel
         warnings.warn(
             f"Expected some gradient other than zero, got {count} that are zero or so small that their squares are, so "
             "that the coherence is NaN; measure a loss that can be differentiated (cross-entropy, not accuracy).",
@@ -231,32 +200,18 @@ def _warn_of_zeros(found: Coherence, sums: Sums) -> None:
         )
 
 
-def _measured(
-    programs: Programs,
-    how: Estimator,
-    layout: Layout | None,
-    inputs: Inputs,
-    data: Any,
-    batch_size: int,
-    nonfinite: str,
-    confidence: bool,
-    progress: bool,
-) -> tuple[Coherence, Sums]:
-    """(the coherence, the sums that it follows from), arguments checked."""
-    params, state = inputs.params, inputs.state
-    if layout is None:
-        params, state, data = as_auto(params), as_auto(state), as_auto(data) if is_arrays(data) else data
-    else:
-        params, state = layout.place((params, state))
-        if not how.by_example:
-            _validate.divides("the data axis", layout.num_shards, "batch_size", batch_size)
-    read = functools.partial(batches_of, data, batch_size, layout, whole=not how.by_example)
-    inputs = inputs._replace(params=params, state=state)
-    run, batches = Run(programs, how, layout, inputs, nonfinite, confidence), read()
+def _measured(measurement: Measurement, data: Any, batch_size: int, progress: bool) -> tuple[Coherence, GradMoments]:
+    """(the coherence, the moments that it follows from), arguments checked."""
+    by_example, layout = measurement.setup.estimator.by_example, measurement.setup.layout
+    if not by_example:
+        _validate.divides("the data axis", layout.num_shards, "batch_size", batch_size)
+    read = functools.partial(batches_of, data, batch_size, layout, whole=not by_example)
+    batches = read()
     with _bar(progress, batches.number) as bar:
         with _note_on_lists(data):
-            sums, skipped, by_batch = run.add_all(batches, bar)
-        found, sums = run.finish(sums, skipped)
-        if confidence:
-            found = dataclasses.replace(found, alpha_stderr=run.stderr(read(), found, sums, by_batch))
-    return found, sums
+            state, skipped, by_batch = measurement.add_all(batches, bar)
+        measured, moments = measurement.finish(state, skipped)
+        if measurement.revisits:
+            stderr = measurement.stderr(read(), measured, moments, by_batch)
+            measured = dataclasses.replace(measured, alpha_stderr=stderr)
+    return measured, moments

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -99,7 +99,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Coherence))
 
 
 @contextlib.contextmanager
-def undefined_ratios() -> Iterator[None]:
+def undefined_ratios() -> Generator[None]:
     """While it is open, `jax.debug_nans` and `jax.debug_infs` let results through: 0/0 and 1/0 are answers here."""
     with jax.debug_nans(False), jax.debug_infs(False):
         yield

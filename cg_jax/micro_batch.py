@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from cg_jax import _validate, explicit, trees
+from cg_jax import _validate, trees
 from cg_jax._loss import LossFn, checked_pair, each_devices_own, example_of, require_dependence_on
 from cg_jax._per_batch import PerBatch
+from cg_jax.sharding.explicit_axes import per_example_spec
 
 PyTree = Any
 
@@ -97,7 +98,7 @@ def _mean_loss(
 
 def _specs(params: PyTree, rows: Any, batch_loss: bool, **_: Any) -> tuple[PyTree, PartitionSpec]:
     """Gradients are sharded as the parameters, whatever the examples are sharded over; aux of examples as they are."""
-    return jax.tree.map(functools.partial(explicit.behind, None), params), PartitionSpec(None if batch_loss else rows)
+    return jax.tree.map(functools.partial(per_example_spec, None), params), PartitionSpec(None if batch_loss else rows)
 
 
 _GRADS = PerBatch(_micro_batch_grads, _specs)

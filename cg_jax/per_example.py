@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cg_jax import _compat, explicit, trees
+from cg_jax import _compat, trees
 from cg_jax._loss import LossFn, checked_pair, each_devices_own, require_dependence
 from cg_jax._per_batch import PerBatch, direction_of, rows_specs
+from cg_jax.sharding.explicit_axes import per_example_spec
 
 PyTree = Any
 
@@ -39,7 +40,7 @@ def _per_example_grads(loss_fn: LossFn, params: PyTree, batch: PyTree, has_aux: 
 
 
 def _grads_specs(params: PyTree, rows: Any, **_: Any) -> tuple[PyTree, PartitionSpec]:
-    return jax.tree.map(functools.partial(explicit.behind, rows), params), PartitionSpec(rows)
+    return jax.tree.map(functools.partial(per_example_spec, rows), params), PartitionSpec(rows)
 
 
 _GRADS = PerBatch(_per_example_grads, _grads_specs)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cg_jax import _compat, explicit, incoming, trees
+from cg_jax import _compat, incoming, trees
 from cg_jax.rules import Rule, applied
+from cg_jax.sharding.explicit_axes import with_auto_axes
 
 PyTree = Any
 
@@ -194,4 +195,4 @@ def _any_number(leaf: jax.Array) -> jax.Array:
     def first(leaf: jax.Array, _: Any) -> jax.Array:
         return leaf[(0,) * leaf.ndim].astype(jnp.int32)
 
-    return explicit.relaxed(first, lambda spec, rows: PartitionSpec(), leaf, ())
+    return with_auto_axes(first, lambda spec, rows: PartitionSpec(), leaf, ())

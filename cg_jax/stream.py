@@ -1,6 +1,6 @@
 """Batches streamed through compiled programs: one for every batch, one at the end."""
 
-import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,87 +12,118 @@ from jax.sharding import PartitionSpec
 
 from cg_jax import trees
 from cg_jax._compiled import Programs, compiled
-from cg_jax._loss import LossFn
+from cg_jax._loss import LossFn, with_state
 from cg_jax.batches import Batch, Batches
-from cg_jax.estimators import Estimator, Inputs, OfRows, Sums, add_batch, deviations
-from cg_jax.layout import Layout, Specs
+from cg_jax.estimators import Estimator, Problem
 from cg_jax.metrics import Coherence, undefined_ratios
 from cg_jax.moments import GradMoments
+from cg_jax.sharding import Layout, SingleDevice, Specs
 
 PyTree = Any
 
-_ON_EVERY_DEVICE = PartitionSpec()
+
+class Inputs(NamedTuple):
+    """The arrays that every batch is measured with."""
+
+    params: PyTree
+    state: PyTree  # what loss_fn takes beside them, or None
+    arrays: PyTree  # the estimator's own
 
 
-def _specs(layout: Layout, sums: Sums) -> Specs:
-    """Where each leaf of the sums lies."""
-    like = jax.tree.unflatten(jax.tree.structure(sums.moments.sum_grads), layout.kept)
-    scalars = jax.tree.map(lambda _: False, sums)
-    moments = scalars.moments._replace(sum_grads=like)
-    marked = scalars._replace(moments=moments, previous=None if sums.previous is None else like)
-    leaves = jax.tree.leaves(marked, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-    return [None if leaf is False else leaf for leaf in leaves]
+class Flags(NamedTuple):
+    """What a batch says of each of its rows, [B]."""
+
+    bad: jax.Array  # its id where its loss or gradient is not finite, else −1
+    again: jax.Array  # the ids that are to be added once more without the bad ones, else −1
+    values: jax.Array  # the estimator's own, −1 where bad
 
 
-@compiled(static=2, donate=(4,))
-def _step(
-    loss_fn: LossFn,
-    how: Estimator,
-    layout: Layout | None,
-    inputs: Inputs,
-    sums: Sums,
-    batch: tuple[PyTree, jax.Array],
-) -> tuple[Sums, OfRows]:
-    """(sums with those of (rows, ids) added, what the batch says of its rows)."""
-    if layout is not None and how.by_example:
-        specs = _specs(layout, sums)
-        lie = [*layout.specs, _ON_EVERY_DEVICE]
-        of_batch = functools.partial(how.of_batch, loss_fn)
-        sums, of_rows = layout.per_shard(of_batch, inputs, lie, sums, specs, batch)
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is static of a measurement: programs are compiled for it."""
+
+    estimator: Estimator
+    layout: Layout
+    guards: bool  # set non-finite batches aside until resolved
+    has_aux: bool
+
+    def problem(self, loss_fn: LossFn, inputs: Inputs) -> Problem:
+        """What every batch is measured with."""
+        axis = self.layout.axis if self.estimator.by_example else None
+        return Problem(with_state(loss_fn, inputs.state), inputs.params, inputs.arrays, self.has_aux, axis)
+
+    def specs(self, state: Any) -> Specs:
+        """The sharding of each accumulated leaf."""
+        return self.layout.specs_of(state, self.estimator.like_params)
+
+    def of_batch(self, loss_fn: LossFn, inputs: Inputs, batch: tuple[PyTree, jax.Array]) -> tuple[Any, Flags]:
+        """(the sums of a batch, its flags), given (rows, their ids, −1 where masked)."""
+        rows, ids = batch
+        sums, of_rows = self.estimator.of_batch(self.problem(loss_fn, inputs), rows, ids)
+        is_bad = of_rows.is_bad & (ids >= 0)
+        is_spoilt = is_bad.any() & self.guards
+        sums = jax.tree.map(lambda leaf: jnp.where(is_spoilt, jnp.zeros_like(leaf), leaf), sums)
+        again = jnp.where(is_spoilt & ~is_bad, ids, -1)
+        return sums, Flags(jnp.where(is_bad, ids, -1), again, jnp.where(is_bad, -1, of_rows.values))
+
+
+@compiled(static=1, donate=(3,))
+def step(
+    loss_fn: LossFn, setup: Setup, inputs: Inputs, state: Any, batch: tuple[PyTree, jax.Array]
+) -> tuple[Any, Flags]:
+    """(the state with (rows, ids) added, the flags of the batch)."""
+    layout, specs = setup.layout, setup.specs(state)
+    of_batch = functools.partial(setup.of_batch, loss_fn)
+    if setup.estimator.by_example:
+        replicated = [*layout.specs, *_replicated(inputs.arrays)]
+        state, flags = layout.per_shard(of_batch, inputs, replicated, state, specs, batch)
     else:
-        found, of_rows = how.of_batch(loss_fn, inputs, batch)
-        sums = trees.add(sums, found) if how.by_example else add_batch(sums, found, how.batch_size)
-    if layout is not None:
-        if not how.by_example:
-            sums = layout.constrain_all(sums, _specs(layout, sums))
-        of_rows = of_rows._replace(bad=layout.constrain(of_rows.bad, _ON_EVERY_DEVICE))
-    return sums, of_rows
+        sums, flags = of_batch(inputs, batch)
+        state = layout.constrain_all(setup.estimator.update(state, sums), specs)
+    return state, flags._replace(bad=layout.replicate(flags.bad))
 
 
-@compiled(static=2)
-def _finish(loss_fn: LossFn, how: Estimator, layout: Layout | None, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
-    """(the coherence, the sums over all devices)."""
+@compiled(static=1)
+def finish(loss_fn: LossFn, setup: Setup, state: Any, skipped: int) -> tuple[Coherence, GradMoments]:
+    """(the coherence, the moments that it follows from), over all devices."""
     del loss_fn
-    if layout is not None and how.by_example:
-        sums = layout.total(sums, _specs(layout, sums))
-    return how.finish(sums, skipped), sums
+    if setup.estimator.by_example:
+        state = setup.layout.total(state, setup.specs(state))
+    return setup.estimator.finalize(state, skipped), setup.estimator.moments(state)
 
 
-@compiled(static=2, donate=(4,))
-def _deviation_step(
-    loss_fn: LossFn, how: Estimator, layout: Layout | None, inputs: PyTree, total: jax.Array, batch: PyTree
+@compiled(static=1, donate=(4,))
+def revisit(
+    loss_fn: LossFn, setup: Setup, inputs: Inputs, measured: PyTree, total: jax.Array, batch: PyTree
 ) -> jax.Array:
-    """The total with the squared deviations of a batch added; one row for each device."""
-    if layout is None:
-        return total + deviations(how, loss_fn, inputs, batch)[0]
-    specs = [*layout.specs, *layout.kept, _ON_EVERY_DEVICE, _ON_EVERY_DEVICE]
-    return layout.per_shard(functools.partial(deviations, how, loss_fn), inputs, specs, total, [None], batch)[0]
+    """The total with a batch of (rows, ids, values) added; one row for each device."""
+    layout = setup.layout
+
+    def of_batch(replicated: tuple[Inputs, PyTree], batch: PyTree) -> tuple[jax.Array, None]:
+        inputs, measured = replicated
+        return setup.estimator.revisit(setup.problem(loss_fn, inputs), measured, *batch), None
+
+    specs = [*layout.specs, *_replicated(inputs.arrays), *layout.kept, *_replicated(measured[1:])]
+    return layout.per_shard(of_batch, (inputs, measured), specs, total, [None], batch)[0]
 
 
-@compiled(static=2, taker="measure_coherence")
-def _zeros(loss_fn: LossFn, how: Estimator, layout: Layout | None, inputs: Inputs, rows: PyTree) -> Sums:
-    """The sums of no examples."""
-    shapes = how.shapes(loss_fn, inputs, rows)
-    if layout is None:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return layout.zeros(shapes, _specs(layout, shapes), by_shard=how.by_example)
+def _replicated(tree: PyTree) -> list[PartitionSpec]:
+    return [PartitionSpec() for _ in jax.tree.leaves(tree)]
+
+
+@compiled(static=1, taker="measure_coherence")
+def zeros(loss_fn: LossFn, setup: Setup, inputs: Inputs, rows: PyTree) -> Any:
+    """The state of no examples."""
+    ids = jax.ShapeDtypeStruct(jax.tree.leaves(rows)[0].shape[:1], jnp.int32)
+    alone = dataclasses.replace(setup, layout=SingleDevice())
+    sums = jax.eval_shape(functools.partial(alone.of_batch, loss_fn), inputs, (rows, ids))[0]
+    state = setup.estimator.init(sums)
+    return setup.layout.zeros(state, setup.specs(state), by_shard=setup.estimator.by_example)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _zero(layout: Layout | None, dtype: Any) -> jax.Array:
-    """No deviation yet, of every device."""
-    if layout is None:
-        return jnp.zeros((), dtype)
+def _zero(layout: Layout, dtype: Any) -> jax.Array:
+    """No sum yet, of every device."""
     return layout.zeros(jax.ShapeDtypeStruct((), dtype), [None], by_shard=True)
 
 
@@ -104,98 +135,99 @@ def _means(moments: GradMoments) -> tuple[PyTree, jax.Array]:
     return mean_grad, total / moments.count.astype(total.dtype)
 
 
-@jax.jit
-def _stderr(total: jax.Array, count: jax.Array) -> jax.Array:
-    """The standard error of α from the squared deviations of all devices."""
-    return jnp.where(count > 1, jnp.sqrt(total.sum()) / count.astype(total.dtype), jnp.nan)
+@functools.partial(jax.jit, static_argnums=0)
+def _conclude(estimator: Estimator, total: jax.Array, count: jax.Array) -> jax.Array:
+    """The standard error of α from the totals of all devices."""
+    return estimator.conclude(total.sum(), count)
 
 
-def _raise_nonfinite(bad: np.ndarray, batch: Batch, how: Estimator, layout: Layout | None) -> None:
+def _raise_nonfinite(bad: np.ndarray, batch: Batch, setup: Setup) -> None:
     row = int(np.argmax(bad >= 0))
     number, where = int((bad >= 0).sum()), str(bad[row])
-    if layout is not None and len(batch.sizes) > 1:
-        where += f" of process {layout.process_of(row, bad.size)}'s data"
-    if how.name == "exact":
-        found = f"{number} of {sum(batch.sizes)} examples in one batch that are not, the first at index {where}"
+    if len(batch.sizes) > 1:
+        where += f" of process {setup.layout.process_of(row, bad.size)}'s data"
+    if setup.estimator.flags_examples:
+        count = f"{number} of {sum(batch.sizes)} examples in one batch that are not, the first at index {where}"
     else:
-        found = f"a batch in which some are not: {number} examples, from index {where} on"
-    what = "examples" if how.name == "exact" else "batches"
+        count = f"a batch in which some are not: {number} examples, from index {where} on"
+    what = "examples" if setup.estimator.flags_examples else "batches"
     raise FloatingPointError(
-        f"Expected finite losses and gradients, got {found}. nonfinite='skip' leaves such {what} out and counts their "
+        f"Expected finite losses and gradients, got {count}. nonfinite='skip' leaves such {what} out and counts their "
         "examples; nonfinite='propagate' lets them through."
     )
 
 
-class Run(NamedTuple):
-    """One measurement."""
+class Measurement(NamedTuple):
+    """One measurement: its programs, and what they are called with."""
 
     programs: Programs  # of the loss
-    how: Estimator
-    layout: Layout | None
+    setup: Setup
     inputs: Inputs
     nonfinite: str
-    confidence: bool
+    revisits: bool
 
     def call(self, program: Callable[..., Any], *arguments: Any) -> Any:
         """One of the programs above, on the mesh; not so what is read from data, which may be the user's own code."""
-        with self.layout.active() if self.layout else contextlib.nullcontext():
-            return program(self.programs, self.how, self.layout, *arguments)
+        with self.setup.layout.active():
+            return program(self.programs, self.setup, *arguments)
 
-    def add_all(self, batches: Batches, bar: Any) -> tuple[Sums, int, list[tuple[Any, Any]]]:
-        """(the sums of all batches, examples left out, (ids, squared norms) of each batch)."""
-        sums, skipped, by_batch = None, 0, []
+    def add_all(self, batches: Batches, bar: Any) -> tuple[Any, int, list[tuple[Any, Any]]]:
+        """(the state after all batches, examples left out, (ids, values) of each batch)."""
+        state, skipped, by_batch = None, 0, []
         # Flags are read one batch late, so that the devices compute while the host makes the next batch.
-        pending: list[tuple[Batch, OfRows]] = []
+        pending: list[tuple[Batch, Flags]] = []
         for batch in batches.batches:
-            if not self.how.by_example and not batches.is_whole(batch):
+            if not self.setup.estimator.by_example and not batches.is_whole(batch):
                 skipped += sum(batch.sizes)
                 continue
-            if sums is None:
-                sums = self.call(_zeros, self.inputs, batch.rows)
-            sums, of_rows = self.call(_step, self.inputs, sums, (batch.rows, batch.ids))
-            pending = [*pending, (batch, of_rows)] if self.how.guard else []
+            if state is None:
+                state = self.call(zeros, self.inputs, batch.rows)
+            state, flags = self.call(step, self.inputs, state, (batch.rows, batch.ids))
+            pending = [*pending, (batch, flags)] if self.setup.guards else []
             if len(pending) > 1:
-                sums, more = self.settle(sums, *pending.pop(0))
+                state, more = self.settle(state, *pending.pop(0))
                 skipped += more
-            if self.confidence:
-                by_batch.append((batch.ids, of_rows.sq_norms))
+            if self.revisits:
+                by_batch.append((batch.ids, flags.values))
             bar.update()
-        for batch, of_rows in pending:
-            sums, more = self.settle(sums, batch, of_rows)
+        for batch, flags in pending:
+            state, more = self.settle(state, batch, flags)
             skipped += more
-        if sums is None:
+        if state is None:
             raise ValueError(
-                f"Expected at least one whole batch of batch_size={self.how.batch_size}, got {skipped} examples."
+                f"Expected at least one whole batch of batch_size={batches.share}, got {skipped} examples."
             )
-        return sums, skipped, by_batch
+        return state, skipped, by_batch
 
-    def finish(self, sums: Sums, skipped: int) -> tuple[Coherence, Sums]:
-        """(the coherence, the sums over all devices)."""
+    def finish(self, state: Any, skipped: int) -> tuple[Coherence, GradMoments]:
+        """(the coherence, the moments that it follows from), over all devices."""
         with undefined_ratios():
-            return self.call(_finish, sums, skipped)
+            return self.call(finish, state, skipped)
 
-    def settle(self, sums: Any, batch: Batch, of_rows: OfRows) -> tuple[Sums, int]:
-        """(sums, examples skipped), once a batch that was left out for its flags is dealt with."""
-        skipped, bad = 0, jax.device_get(of_rows.bad)
+    def settle(self, state: Any, batch: Batch, flags: Flags) -> tuple[Any, int]:
+        """(state, examples skipped), once a batch that was set aside for its flags is resolved."""
+        skipped, bad = 0, jax.device_get(flags.bad)
         while (bad >= 0).any():
             if self.nonfinite == "raise":
-                _raise_nonfinite(bad, batch, self.how, self.layout)
+                _raise_nonfinite(bad, batch, self.setup)
             skipped += int((bad >= 0).sum())
-            if self.how.name != "exact":  # only whole batches are told apart
+            if not self.setup.estimator.flags_examples:  # only whole batches are told apart
                 break
-            sums, of_rows = self.call(_step, self.inputs, sums, (batch.rows, of_rows.again))
-            bad = jax.device_get(of_rows.bad)
-        return sums, skipped
+            state, flags = self.call(step, self.inputs, state, (batch.rows, flags.again))
+            bad = jax.device_get(flags.bad)
+        return state, skipped
 
-    def stderr(self, batches: Batches, found: Coherence, sums: Sums, by_batch: list[tuple[Any, Any]]) -> jax.Array:
-        """The infinitesimal jackknife's standard error of α, by one more pass."""
-        if np.isnan(jax.device_get(found.alpha)):
-            return found.alpha
+    def stderr(
+        self, batches: Batches, measured: Coherence, moments: GradMoments, by_batch: list[tuple[Any, Any]]
+    ) -> jax.Array:
+        """The standard error of α, by one more pass over the data."""
+        if np.isnan(jax.device_get(measured.alpha)):
+            return measured.alpha
         with undefined_ratios():
-            mean_grad, mean_sq_norm = _means(sums.moments)
-        inputs = (self.inputs.params, self.inputs.state, mean_grad, found.alpha, mean_sq_norm)
-        total = _zero(self.layout, found.alpha.dtype)
-        for batch, (ids, sq_norms) in zip(batches.batches, by_batch, strict=True):
-            total = self.call(_deviation_step, inputs, total, (batch.rows, ids, sq_norms))
+            mean_grad, mean_sq_norm = _means(moments)
+        known = (mean_grad, measured.alpha, mean_sq_norm)
+        total = _zero(self.setup.layout, measured.alpha.dtype)
+        for batch, (ids, values) in zip(batches.batches, by_batch, strict=True):
+            total = self.call(revisit, self.inputs, known, total, (batch.rows, ids, values))
         with undefined_ratios():
-            return _stderr(total, found.count)
+            return _conclude(self.setup.estimator, total, measured.count)

@@ -52,7 +52,7 @@ def programs():
         each.program
         for each in (statistics._MOMENTS, statistics._SQ_NORMS, per_example._GRADS, per_example._ALIGNMENTS)
     )
-    return sum(each._cache_size() for each in (*compiled, stream._step, stream._zeros, stream._deviation_step))
+    return sum(each._cache_size() for each in (*compiled, stream.step, stream.zeros, stream.revisit))
 
 
 # (loss, options of the call); "batch" takes a mean loss.

@@ -9,10 +9,12 @@ from jax.sharding import AxisType
 import cg_jax as cg
 from cg_jax import stream
 from cg_jax.batches import batches_of
-from cg_jax.layout import Layout
+from cg_jax.sharding import OnMesh, SingleDevice
 
 X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
 MANY = 10**9
+
+ONE = SingleDevice()
 
 
 def _cuts(sizes):
@@ -20,7 +22,7 @@ def _cuts(sizes):
     return [X[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def _shapes(data, batch_size, layout=None, whole=False):
+def _shapes(data, batch_size, layout=ONE, whole=False):
     """(rows, examples) of each batch."""
     return [(b.rows.shape[0], *b.sizes) for b in batches_of(data, batch_size, layout, whole).batches]
 
@@ -28,7 +30,7 @@ def _shapes(data, batch_size, layout=None, whole=False):
 @pytest.fixture(scope="module")
 def layout():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    return Layout.of(mesh, None, jnp.zeros(3))
+    return OnMesh.of(mesh, None, jnp.zeros(3))
 
 
 @pytest.mark.parametrize("put", [np.asarray, jnp.asarray])
@@ -36,7 +38,7 @@ def test_a_batch_of_arrays_is_no_larger_than_they_are(put, layout):
     data = put(X)
     assert _shapes(data, 16) == [(16, 16)] * 3 + [(16, 2)]
     assert _shapes(data, 50) == _shapes(data, 51) == _shapes(data, MANY) == [(50, 50)]
-    assert batches_of(data, MANY, None, False).number == 1
+    assert batches_of(data, MANY, ONE, False).number == 1
     assert _shapes(data, MANY, layout) == [(56, 50)]  # each of 8 devices has as many
 
 
@@ -50,7 +52,7 @@ def test_batches_of_an_iterable_are_padded_to_the_largest_so_far(layout):
 
 
 def test_padding_repeats_the_last_row_and_has_no_number():
-    *_, last = batches_of(X[:5], 4, None, False).batches
+    *_, last = batches_of(X[:5], 4, ONE, False).batches
     np.testing.assert_array_equal(last.rows, np.tile(X[4], (4, 1)))
     assert last.ids.tolist() == [4, -1, -1, -1]
 
@@ -62,11 +64,11 @@ def loss_fn(w, x):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_batch_sizes_above_the_number_of_examples_are_one_program(sharded, layout):
     mesh = layout.mesh if sharded else None
-    w, before = jnp.ones(3), stream._step._cache_size()
+    w, before = jnp.ones(3), stream.step._cache_size()
     found = [
         cg.measure_coherence(loss_fn, w, X, batch_size=size, mesh=mesh) for size in (50, 56, 500_000, MANY, 10**30)
     ]
-    assert stream._step._cache_size() - before == 1
+    assert stream.step._cache_size() - before == 1
     assert len({float(result.alpha) for result in found}) == 1
     assert [int(result.count) for result in found] == [50] * 5
     want = cg.coherence(cg.grad_moments(loss_fn)(w, X))
@@ -75,11 +77,11 @@ def test_batch_sizes_above_the_number_of_examples_are_one_program(sharded, layou
 
 def test_an_iterable_compiles_few_sizes():
     loss = lambda w, x: (w @ x) ** 2  # noqa: E731
-    w, before = jnp.ones(3), stream._step._cache_size()
+    w, before = jnp.ones(3), stream.step._cache_size()
     found = cg.measure_coherence(loss, w, iter(_cuts(range(1, 10))), batch_size=MANY)  # compiles 1, 2, 4, 8, 16 rows
-    assert stream._step._cache_size() - before == 5
+    assert stream.step._cache_size() - before == 5
     again = cg.measure_coherence(loss, w, iter(_cuts([4] * 8)), batch_size=MANY)
-    assert stream._step._cache_size() - before == 5
+    assert stream.step._cache_size() - before == 5
     for got, m in ((found, 45), (again, 32)):
         want = cg.coherence(cg.grad_moments(loss)(w, X[:m]))
         np.testing.assert_allclose(got.alpha, want.alpha, rtol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 
 import cg_jax as cg
 from cg_jax import trees
-from cg_jax.estimators import Estimator, Spread, Sums, _batch
+from cg_jax.estimators.batch import Batch, BatchState
 
 FLOAT8 = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3b11fnuz, jnp.float8_e3m4]
 NARROW = [*FLOAT8, jnp.float4_e2m1fn]
@@ -180,10 +180,17 @@ def test_a_squared_norm_above_the_range_is_said_not_to_be_finite():
 
 def test_the_estimate_of_batches_fits_where_the_square_of_the_sum_does_not():
     m, k, size = 16, 2, 4e18
-    sums = Sums(
-        cg.GradMoments(jnp.int32(m), jnp.float32(0), jnp.full(1, m * size), jnp.float32(m / k * size**2)),
-        Spread(jnp.int32(4), jnp.float32(0), jnp.float32(0)),
-        None,
+    zero = jnp.float32(0)
+    state = BatchState(
+        count=jnp.int32(m),
+        number=jnp.int32(m // k),
+        sum_losses=zero,
+        sum_grads=jnp.full(1, m * size),
+        sq_means=jnp.float32(m / k * size**2),
+        pairs=jnp.int32(4),
+        sum_apart=zero,
+        sum_sq_apart=zero,
+        previous=jnp.zeros(1),
     )
-    moments, _ = _batch(Estimator("batch", "ghost", k, True, None, False), sums)
+    moments = Batch().moments(state)
     np.testing.assert_allclose(moments.sum_sq_norms, m * size**2, rtol=1e-5)

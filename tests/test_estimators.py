@@ -261,10 +261,10 @@ def test_the_error_of_signs_is_theirs_alone_where_norms_differ():
 
 
 def test_a_seed_is_no_other_program():
-    before = stream._step._cache_size()
+    before = stream.step._cache_size()
     for seed in range(3):
         cg.measure_coherence(loss_fn, W, _draw(0, 24, dim=41)[:, :40], batch_size=12, estimator="signs", seed=seed)
-    assert stream._step._cache_size() - before == 1
+    assert stream.step._cache_size() - before == 1
 
 
 def test_batch_normalisation_in_training_mode_is_of_the_whole_batch_on_any_mesh():

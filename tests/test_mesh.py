@@ -81,9 +81,9 @@ def _programs(mesh, params, m=64):
 def test_one_program_is_compiled_for_all_batches_however_the_parameters_lie():
     mesh = _mesh(2, 4)
     for specs in (dict.fromkeys(_params(), P()), TENSOR_PARALLEL, FULLY_SHARDED):
-        before = stream._step._cache_size()
+        before = stream.step._cache_size()
         cg.measure_coherence(loss_fn, _placed(_params(), mesh, specs), _data(101), batch_size=12, mesh=mesh)
-        assert stream._step._cache_size() - before == 1
+        assert stream.step._cache_size() - before == 1
 
 
 FLAGS = 16 * 4  # one int32 for each example of a batch says whether it is finite; all devices are told

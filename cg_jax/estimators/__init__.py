@@ -1,0 +1,67 @@
+"""Estimators of coherence, by name; each is one file."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from cg_jax import _validate
+from cg_jax.estimators.base import Estimator, OfRows, Problem
+from cg_jax.estimators.batch import Batch
+from cg_jax.estimators.exact import Exact
+from cg_jax.estimators.signs import Signs
+
+__all__ = ["Batch", "Estimator", "Exact", "OfRows", "Problem", "Signs", "estimator_of", "register_estimator"]
+
+E = TypeVar("E", bound=type[Estimator])
+
+_BY_NAME: dict[str, type[Estimator]] = {}
+
+
+def register_estimator(name: str, estimator: E) -> E:
+    """Give an `Estimator` class a name, by which `measure_coherence(estimator=name)` makes it.
+
+    Args:
+        name: A name; one that is taken is taken over.
+        estimator: A frozen dataclass, each field of which has a default.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: estimator is no subclass of `Estimator`.
+    """
+    if not (isinstance(estimator, type) and issubclass(estimator, Estimator)):
+        raise TypeError(f"Expected estimator to be a subclass of Estimator, got {_validate.shown('it', estimator)}.")
+    _BY_NAME[name] = estimator
+    return estimator
+
+
+register_estimator("exact", Exact)
+register_estimator("signs", Signs)
+register_estimator("batch", Batch)
+
+
+def estimator_of(estimator: str | Estimator, options: Mapping[str, tuple[Any, Any]]) -> Estimator:
+    """The estimator that a name and its options stand for, or the object itself.
+
+    Args:
+        estimator: A name or an object.
+        options: Option → (its value, its default). Of a name those that it has are taken.
+
+    Raises:
+        ValueError: Unknown name, an option that an object was given beside it, or `confidence` where there is none.
+    """
+    changed = {name: value for name, (value, default) in options.items() if value != default}
+    if isinstance(estimator, Estimator):
+        if changed:
+            given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            raise ValueError(f"Expected options inside estimator={estimator!r}, got {given} beside it.")
+        return estimator
+    _validate.one_of("estimator", estimator, _BY_NAME, "make an object of it: Exact()")
+    fields = {field.name for field in dataclasses.fields(_BY_NAME[estimator])}
+    if "confidence" in changed and "confidence" not in fields:
+        raise ValueError(
+            f"Expected estimator='exact' with confidence=True, got estimator={estimator!r}, whose alpha_stderr, "
+            "that of the estimate, is always given."
+        )
+    return _BY_NAME[estimator](**{name: value for name, (value, _) in options.items() if name in fields})
