@@ -4,7 +4,7 @@ from cg_jax.aggregate import consecutive, m3, median_of_k, ra3, rm3, rolling, st
 from cg_jax.bound import generalization_bound
 from cg_jax.checked import checked
 from cg_jax.collective import across_devices
-from cg_jax.ghost import explain, register_rule
+from cg_jax.ghost import Norm, Product, explain, register_rule
 from cg_jax.measure import measure_coherence
 from cg_jax.metrics import Coherence, Ratios, coherence
 from cg_jax.micro_batch import micro_batch_grads
@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Coherence",
     "GradMoments",
+    "Norm",
+    "Product",
     "Ratios",
     "across_devices",
     "alignments",

@@ -9,7 +9,8 @@ the one backward pass (`inline`: norms inside it), and `engine` draws norms and 
 
 from cg_jax.ghost.engine import statistics
 from cg_jax.ghost.explanation import Explanation, TensorPlan, explain
+from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.rules import RULES, Norm, register_rule
+from cg_jax.ghost.rules import Registration, register_rule
 
-__all__ = ["RULES", "Explanation", "Norm", "Product", "TensorPlan", "explain", "register_rule", "statistics"]
+__all__ = ["Explanation", "Norm", "Product", "Registration", "TensorPlan", "explain", "register_rule", "statistics"]
