@@ -103,13 +103,13 @@ class Use(NamedTuple):
 
 def uses_of(program: Program) -> Iterator[Use]:
     """All sites, those in bodies too, in order."""
-    for index, found in program.sites.items():
-        if isinstance(found, Site):
-            yield Use((index,), found, None)
-        else:
-            for inner, site in found.body.sites.items():
-                assert isinstance(site, Site)  # one level deep
-                yield Use((index, inner), site, found)
+    for index, site in program.sites.items():
+        if isinstance(site, Site):
+            yield Use((index,), site, None)
+            continue
+        for inner, inner_site in site.body.sites.items():
+            assert isinstance(inner_site, Site)  # one level deep
+            yield Use((index, inner), inner_site, site)
 
 
 def _inline(
@@ -175,7 +175,7 @@ def _classify(
     depends, varying, carrying = set(parameters), set(inputs), set(active)
     static: list[Any] = []
     dynamic: list[tuple[Any, tuple[int, ...]]] = []  # equations, and which of their results carry a tangent
-    begins = _beginnings(flat.jaxpr.eqns) if nest else set()
+    begins = calls.copies_into_carries(flat.jaxpr.eqns) if nest else set()
     for eqn in leading_to([out for out in flat.jaxpr.outvars if is_var(out)], flat.jaxpr.eqns):
         operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
         if any(var in depends for var in operands):
@@ -215,13 +215,6 @@ def _classify(
         producers={out: eqn for eqn in static for out in eqn.outvars},
         depends=any(out in depends for out in flat.jaxpr.outvars[:1] if is_var(out)),
     )
-
-
-def _beginnings(eqns: Sequence[Any]) -> set[Any]:
-    """The copies that begin the carries of scans."""
-    copies = {out for eqn in eqns if primitives.of(eqn).is_copy for out in eqn.outvars}
-    scans = [eqn for eqn in eqns if primitives.of(eqn).is_scan]
-    return {atom for eqn in scans for i in calls.carry_of(eqn) if is_var(atom := eqn.invars[i]) and atom in copies}
 
 
 def _sites(

@@ -54,7 +54,8 @@ class InlinePlan:
 
         def outputs(value: jax.Array) -> jax.Array:
             for step in self.path.inner:
-                value = _compat.bind(step.eqn, [value])[step.output]
+                if not primitives.of(step.eqn).is_many:
+                    value = _compat.bind(step.eqn, [value])[step.output]
             operands: list[Any] = [None] * len(self.use.site.eqn.invars)
             operands[self.position] = value
             for i, each in zip(self.use.site.dynamic, seen, strict=True):

@@ -24,15 +24,14 @@ class Product(NamedTuple):
 
         G[n] = A[n]ᵀ B[n] = Σₜ a[n, t] b[n, t]ᵀ,    A [N, T, D] from the input, B [N, T, P] from the cotangent,
 
-    and the gradient is G, rearranged. For a dense layer y = x W it is N = 1, A = x [1, T, D] and B = the cotangent of y,
-    [1, T, P]. The engine takes ‖g‖² from it in the cheapest of three ways, ‖a‖² ‖b‖² where T = 1, ⟨AAᵀ, BBᵀ⟩, or from
-    G itself, and the sum Σ gᵢ over the batch. A product stays one where the parameter is scaled, sliced or used in a
-    `jax.lax.scan`.
+    and the gradient is G, rearranged. For a dense layer y = x W it is N = 1, A = x [1, T, D] and B = the cotangent of
+    y, [1, T, P]. The engine takes ‖g‖² from it in the cheapest of three ways: ‖a‖² ‖b‖² where T = 1, ⟨AAᵀ, BBᵀ⟩, or
+    from G itself. It takes the sum Σ gᵢ over the batch from it too. The rule also holds in the body of `jax.lax.scan`.
 
     Attributes:
         factors: factors(input, cotangent) → (A, B), of ONE example; the engine adds the batch axis, [B, ...], by
-            `jax.vmap`. `input` is the one other operand of the equation that depends on the example, `cotangent` has
-            the shape of the output.
+            `jax.vmap`. `input` is the one operand of the equation that depends on the example (where more do, the
+            rule is not used), `cotangent` has the shape of the output.
         to_view: to_view(G [N, D, P]) → the gradient, in the shape of the operand. It must rearrange G: each entry
             stands in the result once.
         dims: (N, T, D, P).

@@ -7,9 +7,12 @@ those of others.
 
 import contextlib
 import dataclasses
+import math
 import types
 from collections.abc import Callable
 from typing import Any, Self, overload
+
+import jax
 
 from cg_jax import _compiled
 from cg_jax.ghost import primitives
@@ -72,7 +75,7 @@ def register_rule(
         primitive: The primitive's name, as `jax.make_jaxpr` prints it.
         rule: rule(eqn, view) → what becomes of the parameter at operand `view` of the equation `eqn`: a `Product`, a
             `Norm`, or None where neither fits, for the primitive's own vjp. The primitive must be linear in that
-            operand. Left out, `register_rule(primitive)` is a decorator of the rule.
+            operand, given the others. Left out, `register_rule(primitive)` is a decorator of the rule.
 
     Returns:
         A `Registration`. `remove()` takes the rule back, as does the end of a `with` block; then the rule that it
@@ -143,4 +146,22 @@ def rule_for(eqn: Any, view: int) -> Rule | None:
         raise TypeError(
             f"Expected the rule of {eqn.primitive.name} to give a Product, a Norm or None, got {type(rule).__name__}."
         )
+    if isinstance(rule, Product) and eqn.primitive.name in _REGISTERED:
+        _check_shapes(eqn, view, rule)
     return rule
+
+
+def _check_shapes(eqn: Any, view: int, rule: Product) -> None:
+    """Raise ValueError where the product of a registered rule is not of the shapes that its dims say."""
+    shape, others = eqn.invars[view].aval.shape, [atom.aval for i, atom in enumerate(eqn.invars) if i != view]
+    if len(others) != 1 or len(eqn.outvars) != 1:
+        return
+    n, t, d, p = rule.dims
+    a, b = jax.eval_shape(rule.factors, others[0], eqn.outvars[0].aval)
+    gradient = jax.eval_shape(rule.to_view, jax.ShapeDtypeStruct((n, d, p), a.dtype))
+    got, want = (a.shape, b.shape, gradient.shape), ((n, t, d), (n, t, p), shape)
+    if got != want or n * d * p != math.prod(shape):
+        raise ValueError(
+            f"Expected the rule of {eqn.primitive.name} to give factors and a gradient of the shapes {want}, as its "
+            f"dims {rule.dims} and the operand {shape} say, got {got}."
+        )

@@ -65,7 +65,7 @@ def product_of(
     """
     use, position = place
     base, aval = rule_for(use.site.eqn, position), program.parameters[parameter].aval
-    if not isinstance(base, Product):
+    if not isinstance(base, Product) or len(use.site.dynamic) != 1 or len(use.site.eqn.outvars) != 1:
         return None
     if path.is_isometric and alone:
         if not path.outer and not path.inner and path.length is None:

@@ -1,6 +1,7 @@
 """What is done entry by entry."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,33 +12,50 @@ from cg_jax.ghost.factors import Factors, NotSeparableError, is_complex, wider
 from cg_jax.ghost.primitives.base import Primitive, Spread, Static, Step, each
 
 
-def _signed(step: Step, factors: Factors, _: Static) -> Factors:
-    """The cotangent, or minus it."""
+def _pull_sum(step: Step, factors: Factors, _: Static) -> Factors:
     if step.operand.aval.shape != step.result.aval.shape:
         raise NotSeparableError
-    negative = step.eqn.primitive.name == "neg" or (step.eqn.primitive.name == "sub" and step.position == 1)
-    return factors._replace(b=-factors.b) if negative else factors
+    return factors
 
 
-def _entrywise(step: Step, factors: Factors, static: Static) -> Factors:
-    """By the derivative: of a factor where it varies along the axes of one alone, else of the gradient."""
-    eqn, shape = step.eqn, step.result.aval.shape
-    if step.operand.aval.shape != shape or (is_complex(step.operand.aval) and eqn.primitive.name != "mul"):
+def _pull_negative(step: Step, factors: Factors, static: Static) -> Factors:
+    factors = _pull_sum(step, factors, static)
+    return factors._replace(b=-factors.b)
+
+
+def _pull_difference(step: Step, factors: Factors, static: Static) -> Factors:
+    return (_pull_sum if step.position == 0 else _pull_negative)(step, factors, static)
+
+
+def _pull_product(step: Step, factors: Factors, static: Static) -> Factors:
+    other = step.eqn.invars[1 - step.position]
+    return _scaled(step, factors, static.spread(other), lambda: static.read(other))
+
+
+def _pull_function(step: Step, factors: Factors, static: Static) -> Factors:
+    """By the derivative, which may be another in every entry."""
+    if is_complex(step.operand.aval):
         raise NotSeparableError
-    if eqn.primitive.name == "mul":
-        other = eqn.invars[1 - step.position]
-        along, value = static.spread(other), static.read(other)
-    else:
-        along = tuple(range(len(shape)))
-        operands = [static.read(atom) for atom in eqn.invars]
+
+    def derivative() -> jax.Array:
+        operands = [static.read(atom) for atom in step.eqn.invars]
 
         def result(x: jax.Array) -> jax.Array:
-            return _compat.bind(eqn, [x if i == step.position else each for i, each in enumerate(operands)])[0]
+            return _compat.bind(step.eqn, [x if i == step.position else o for i, o in enumerate(operands)])[0]
 
         x = operands[step.position]
-        value = jax.jvp(result, (x,), (jnp.ones_like(x),))[1]
+        return jax.jvp(result, (x,), (jnp.ones_like(x),))[1]
+
+    return _scaled(step, factors, tuple(range(len(step.result.aval.shape))), derivative)
+
+
+def _scaled(step: Step, factors: Factors, along: tuple[int, ...], factor_of: Callable[[], jax.Array]) -> Factors:
+    """Times a value that varies along some axes: a factor where these are of one alone, else the gradient."""
+    shape = step.result.aval.shape
+    if step.operand.aval.shape != shape:
+        raise NotSeparableError
+    value = jnp.broadcast_to(factor_of(), shape)
     sides = {factors.sides[axis] for axis in along}
-    value = jnp.broadcast_to(value, shape)
     if len(sides - {"N"}) == 2:
         if is_complex(value):
             raise NotSeparableError
@@ -59,24 +77,32 @@ def _spread(eqn: Any, spread: Spread) -> tuple[int, ...]:
     return tuple(sorted(set().union(*map(spread, eqn.invars))))
 
 
-# Of each operand the derivative scales its gradient.
-_FUNCTION = Primitive(pull=_entrywise, spread=_spread, passes=True)
+_FUNCTION = Primitive(pull=_pull_function, spread=_spread, passes=True)
 _OF_TWO = dataclasses.replace(_FUNCTION, is_elementwise=True)
 _SUM = Primitive(
-    pull=_signed,
-    spread=_spread,
-    passes=True,
     is_elementwise=True,
+    is_sum=True,
     is_widened=True,
     is_linear=True,
+    pull=_pull_sum,
+    spread=_spread,
+    passes=True,
     is_differentiable=True,
 )
 ENTRIES = (
-    each("add add_any", dataclasses.replace(_SUM, is_sum=True))
+    each("add add_any", _SUM)
     | {
-        "sub": _SUM,
-        "neg": Primitive(pull=_signed, spread=_spread, passes=True, is_linear=True),
-        "mul": dataclasses.replace(_OF_TWO, is_widened=True, is_linear=True, is_differentiable=True),
+        "sub": dataclasses.replace(_SUM, is_sum=False, pull=_pull_difference),
+        "neg": Primitive(is_linear=True, pull=_pull_negative, spread=_spread, passes=True),
+        "mul": Primitive(
+            is_elementwise=True,
+            is_widened=True,
+            is_linear=True,
+            pull=_pull_product,
+            spread=_spread,
+            passes=True,
+            is_differentiable=True,
+        ),
         "div": dataclasses.replace(_OF_TWO, is_widened=True, is_differentiable=True),
         "rem": Primitive(is_elementwise=True),
     }

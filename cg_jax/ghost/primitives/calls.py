@@ -50,6 +50,13 @@ def carry_of(eqn: Any) -> range:
     return range(num_consts, num_consts + num_carry)
 
 
+def copies_into_carries(eqns: Sequence[Any]) -> set[Any]:
+    """The copies that begin the carries of scans."""
+    copies = {out for eqn in eqns if of(eqn).is_copy for out in eqn.outvars}
+    carried = [eqn.invars[i] for eqn in eqns if of(eqn).is_scan for i in carry_of(eqn)]
+    return {atom for atom in carried if not _compat.is_literal(atom) and atom in copies}
+
+
 def body_of(eqn: Any) -> Body | None:
     """The body of a scan or a checkpoint, else None."""
     if of(eqn).is_scan:
