@@ -5,7 +5,7 @@ from cg_jax.bound import generalization_bound
 from cg_jax.checked import checked
 from cg_jax.collective import across_devices
 from cg_jax.estimators import Batch, Estimator, Exact, Signs, register_estimator
-from cg_jax.ghost import explain, register_rule
+from cg_jax.ghost import Norm, Product, explain, register_rule
 from cg_jax.measure import measure_coherence
 from cg_jax.metrics import Coherence, Ratios, coherence
 from cg_jax.micro_batch import micro_batch_grads
@@ -22,6 +22,8 @@ __all__ = [
     "Estimator",
     "Exact",
     "GradMoments",
+    "Norm",
+    "Product",
     "Ratios",
     "Signs",
     "across_devices",

@@ -71,6 +71,16 @@ def _forget(key: tuple[int, ...], _: Any, table: dict[tuple[int, ...], Any] = _T
     table.pop(key, None)
 
 
+# The number of times that all programs were outdated.
+_epoch = 0
+
+
+def outdate() -> None:
+    """Let no program that is compiled be used again: what they were compiled by has changed."""
+    global _epoch
+    _epoch += 1
+
+
 class Compiled:
     """body(loss_fn, *static, *arrays), jitted: called with the `Programs` of a loss in place of the loss.
 
@@ -99,7 +109,7 @@ class Compiled:
 
     def _program(self, programs: Programs, arguments: tuple[Any, ...]) -> Any:
         static, arrays = arguments[: self.static], arguments[self.static :]
-        key = (self, static)
+        key = (self, static, _epoch)
         if key not in programs.compiled:
             body, recall = self.body, programs.recall
 
@@ -107,7 +117,9 @@ class Compiled:
                 return body(recall(), *static, *arrays)
 
             run.__name__ = run.__qualname__ = body.__name__
-            is_new = all(compiled is not self for compiled, _ in programs.compiled)
+            is_new = all(compiled is not self for compiled, *_ in programs.compiled)
+            for outdated in [each for each in programs.compiled if each[0] is self and each[2] != _epoch]:
+                del programs.compiled[outdated]
             programs.compiled[key] = jax.jit(run, donate_argnums=tuple(i - self.static - 1 for i in self.donate))
             if self.taker and is_new:
                 _count(self.taker, programs.loss_fn, arrays)

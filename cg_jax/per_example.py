@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import _compat, trees
+from cg_jax._jaxprs import dtypes_in
 from cg_jax._loss import LossFn, checked_pair, each_devices_own, require_dependence
 from cg_jax._per_batch import PerBatch, direction_of, rows_specs
 from cg_jax.sharding.explicit_axes import per_example_spec
@@ -109,7 +110,7 @@ def _is_narrow(jaxpr: Any, kept: PyTree) -> bool:
     It takes the direction in the parameters' dtypes, and gives the result in the loss's.
     """
     ends = [*(leaf.dtype for leaf in jax.tree.leaves(kept)), *(out.aval.dtype for out in jaxpr.outvars)]
-    inside = [dtype for dtype in _compat.dtypes_in(jaxpr) if jnp.issubdtype(dtype, jnp.floating)]
+    inside = [dtype for dtype in dtypes_in(jaxpr) if jnp.issubdtype(dtype, jnp.floating)]
     return any(dtype != trees.accumulator_dtype(dtype) for dtype in ends) or any(
         jnp.finfo(dtype).nexp <= _SHORT_RANGE for dtype in inside
     )

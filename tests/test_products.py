@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import cg_jax as cg
-from cg_jax.ghost import products, tables
+from cg_jax.ghost import norm, products
 from cg_jax.ghost.rules import rule_for
 
 TABLES = {"empty": cases.EMPTY, "conv": cases.CONVOLUTIONS, "lookup": cases.LOOKUPS, "placed": cases.PLACED}
@@ -109,21 +109,21 @@ def test_equal_rows_add_up_before_they_are_squared(count):
     ids, values = rng.integers(0, 50, count), rng.normal(size=(count, 3)).astype(np.float32)
     want = np.zeros((50, 3))
     np.add.at(want, ids, values)
-    np.testing.assert_allclose(tables.sq_norm_of_rows(jnp.asarray(ids), values), np.square(want).sum(), rtol=1e-5)
-    twice = tables.sq_norm_of_rows(jnp.tile(ids, 2), np.concatenate([values, -values]))
+    np.testing.assert_allclose(norm.sq_norm_of_rows(jnp.asarray(ids), values), np.square(want).sum(), rtol=1e-5)
+    twice = norm.sq_norm_of_rows(jnp.tile(ids, 2), np.concatenate([values, -values]))
     assert float(twice) < 1e-9
 
 
 def test_a_look_up_in_a_scan_adds_up_over_the_steps():
     eqn = _equation(lambda w, i: lax.dynamic_slice_in_dim(w, i, 1), jnp.ones((6, 2)), jnp.int32(0))
-    assert tables.lift_norm(rule_for(eqn, 0), is_slice=False) is None
+    assert norm.lift_norm(rule_for(eqn, 0), is_slice=False) is None
     rng = np.random.default_rng(0)
     places, cotangent = jnp.asarray(rng.integers(0, 6, (4, 3, 1))), rng.normal(size=(4, 3, 2))
     numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
     eqn = _equation(lambda w, i: lax.gather(w, i, numbers, (1, 2)), jnp.ones((6, 2)), places[0])
     each = np.stack([np.asarray(jnp.zeros((6, 2)).at[i[:, 0]].add(c)) for i, c in zip(places, cotangent, strict=True)])
     rule = rule_for(eqn, 0)
-    norm = tables.lift_norm(rule, is_slice=False).sq_norm([places], jnp.asarray(cotangent))
-    np.testing.assert_allclose(norm, np.square(each.sum(0)).sum(), rtol=1e-5)
-    apart = tables.lift_norm(rule, is_slice=True).sq_norm([places], jnp.asarray(cotangent))
+    together = norm.lift_norm(rule, is_slice=False).sq_norm([places], jnp.asarray(cotangent))
+    np.testing.assert_allclose(together, np.square(each.sum(0)).sum(), rtol=1e-5)
+    apart = norm.lift_norm(rule, is_slice=True).sq_norm([places], jnp.asarray(cotangent))
     np.testing.assert_allclose(apart, np.square(each).sum(), rtol=1e-5)

@@ -13,19 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from cg_jax import _compat
-
-# Primitives with no derivative at all in any result.
-_ENDS = frozenset({"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"})
-# Primitives that pass a tangent on from any inexact operand to every inexact result.
-_PASSES_ON = frozenset(
-    """
-    abs add add_any atan2 broadcast_in_dim clamp complex concatenate conj conv_general_dilated convert_element_type copy
-    cos cosh cumlogsumexp cummax cummin cumprod cumsum div dot_general dynamic_slice dynamic_update_slice erf erf_inv
-    erfc exp exp2 expand_dims expm1 fft gather imag integer_pow lgamma log log1p logistic max min mul name neg pad pow
-    real reduce_max reduce_min reduce_sum reshape rev rsqrt scatter scatter-add select_n sharding_constraint sin sinh
-    slice split sqrt square squeeze sub tan tanh transpose
-    """.split()  # noqa: SIM905
-)
+from cg_jax.ghost import primitives
 
 
 def is_inexact(var: Any) -> bool:
@@ -36,14 +24,14 @@ def is_inexact(var: Any) -> bool:
 def passes_on(eqn: Any) -> bool:
     """Whether every inexact operand passes a tangent on to every inexact result."""
     # Unless a custom rule asks for symbolic zeros, it is given zeros, and what it gives is a tangent.
-    return eqn.primitive.name in _PASSES_ON or eqn.params.get("symbolic_zeros") is False
+    return bool(primitives.of(eqn).passes) or eqn.params.get("symbolic_zeros") is False
 
 
 def active_outputs(eqn: Any, operands: Sequence[int]) -> tuple[int, ...]:
     """Positions of the results that carry a tangent where the operands at these positions do."""
     operands = [i for i in operands if is_inexact(eqn.invars[i])]
     inexact = tuple(k for k, out in enumerate(eqn.outvars) if is_inexact(out))
-    if not operands or eqn.primitive.name in _ENDS:
+    if not operands or primitives.of(eqn).passes is False:
         return ()
     if passes_on(eqn):
         return inexact
@@ -81,3 +69,29 @@ def _probed(eqn: Any, operands: Sequence[int], outputs: Sequence[int]) -> list[b
     except (ValueError, TypeError, NotImplementedError):
         return [True] * len(outputs)
     return active
+
+
+def has_reverse_mode(eqn: Any, positions: Sequence[int]) -> bool:
+    """Whether JAX can differentiate one equation, in reverse mode, with respect to the operands at `positions`.
+
+    It refuses some primitives (a while loop), which a loss may hold where no gradient passes.
+    """
+    if primitives.of(eqn).is_differentiable:
+        return True
+
+    def gradient(operands: list[Any]) -> Any:
+        def outputs(views: list[Any]) -> list[Any]:
+            values = list(operands)
+            for position, view in zip(positions, views, strict=True):
+                values[position] = view
+            return [out for out in _compat.bind(eqn, values) if jnp.issubdtype(out.dtype, jnp.inexact)]
+
+        outs, pull = jax.vjp(outputs, [operands[position] for position in positions])
+        return pull(outs)
+
+    avals = [atom.aval for atom in eqn.invars]
+    try:
+        jax.eval_shape(gradient, avals)
+    except (ValueError, TypeError, NotImplementedError):
+        return False
+    return True

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
-from cg_jax.ghost.activity import is_inexact
+from cg_jax.ghost import varying
+from cg_jax.ghost.activity import has_reverse_mode, is_inexact
 from cg_jax.ghost.capture import Nested, Program, Site, uses_of
 from cg_jax.ghost.evaluation import differentiated, evaluate, read_all
 from cg_jax.ghost.inline import InlinePlan
+from cg_jax.ghost.primitives.calls import checkpoint_like
 
 # For each use: its dynamic operands, and the cotangents of its outputs, all [B, ...]; [B, length, ...] in a scan.
 Traces = dict[tuple[int, ...], tuple[list[jax.Array], list[jax.Array]]]
@@ -83,7 +85,7 @@ def located_errors(program: Program) -> Iterator[None]:
     except (ValueError, NotImplementedError) as error:
         for eqn in program.dynamic:
             positions = [i for i, atom in enumerate(eqn.invars) if is_inexact(atom)]
-            if positions and not _compat.has_reverse_mode(eqn, positions):
+            if positions and not has_reverse_mode(eqn, positions):
                 where = _compat.source_of(eqn) or "an unknown line"
                 raise ValueError(
                     "Expected a loss_fn that jax.grad can differentiate, got one whose gradient passes through "
@@ -104,7 +106,7 @@ def _zero_taps(
         else:
             avals = [site.eqn.outvars[k].aval for k in site.taps]
             inside = (*key, index) in plans
-            taps[index] = [_compat.zeros(aval.update(shape=()) if inside else aval, leading) for aval in avals]
+            taps[index] = [varying.zeros(aval.update(shape=()) if inside else aval, leading) for aval in avals]
     return taps
 
 
@@ -148,7 +150,7 @@ class _Run(NamedTuple):
             return self.of(body, env, taps, key)
 
         if call.length is None:
-            return _compat.checkpoint_like(nested.eqn, once)(operands, taps)
+            return checkpoint_like(nested.eqn, once)(operands, taps)
         consts, init, slices = call.split(operands)
 
         def step(carry: list[Any], row: tuple[list[Any], dict[int, Any]]) -> tuple[list[Any], Any]:
@@ -156,7 +158,7 @@ class _Run(NamedTuple):
             return outs[: call.num_carry], (outs[call.num_carry :], seen)
 
         if nested.checkpoint is not None:
-            step = _compat.checkpoint_like(nested.checkpoint, step)
+            step = checkpoint_like(nested.checkpoint, step)
         params = nested.eqn.params
         carry, (stacked, seen) = jax.lax.scan(
             step, init, (slices, taps), call.length, reverse=params["reverse"], unroll=params["unroll"]

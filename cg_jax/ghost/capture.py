@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from cg_jax import _compat
 from cg_jax._loss import LossFn, checked_pair
-from cg_jax.ghost import activity
+from cg_jax.ghost import activity, primitives
 from cg_jax.ghost.evaluation import is_var, leading_to, read_all
+from cg_jax.ghost.primitives import calls
 
 PyTree = Any
 
@@ -41,7 +42,7 @@ class Nested:
     """A scan or a checkpoint with sites in its body, whose parameters are operands of the equation."""
 
     eqn: Any
-    call: _compat.Body
+    call: calls.Body
     body: "Program"
     operands: dict[Any, Any]  # variable of the body → variable or literal of the outer program, of all that is static
     checkpoint: Any  # of a scan whose body held a checkpoint, that equation: every step is run as one
@@ -77,7 +78,7 @@ class Program:
     @functools.cached_property
     def has_custom_vjp(self) -> bool:
         """Whether a zero cotangent may come back as something else than zero."""
-        return any(_compat.has_custom_vjp(eqn) for eqn in (*self.static, *self.dynamic))
+        return any(calls.has_custom_vjp(eqn) for eqn in (*self.static, *self.dynamic))
 
     def is_dynamic(self) -> bool:
         """Whether the loss depends on the example; if not, it is the same for all."""
@@ -102,13 +103,13 @@ class Use(NamedTuple):
 
 def uses_of(program: Program) -> Iterator[Use]:
     """All sites, those in bodies too, in order."""
-    for index, found in program.sites.items():
-        if isinstance(found, Site):
-            yield Use((index,), found, None)
-        else:
-            for inner, site in found.body.sites.items():
-                assert isinstance(site, Site)  # one level deep
-                yield Use((index, inner), site, found)
+    for index, site in program.sites.items():
+        if isinstance(site, Site):
+            yield Use((index,), site, None)
+            continue
+        for inner, inner_site in site.body.sites.items():
+            assert isinstance(inner_site, Site)  # one level deep
+            yield Use((index, inner), inner_site, site)
 
 
 def _inline(
@@ -123,16 +124,16 @@ def _inline(
 
     for eqn in jaxpr.eqns:
         values = read_all(eqn.invars, env)
-        opened = _compat.is_checkpoint(eqn) and (in_body or _compat.holds(eqn, "scan"))
-        inner = _compat.inner_jaxpr(eqn, opened)
+        opened = calls.is_checkpoint(eqn) and (in_body or calls.holds_scan(eqn))
+        inner = calls.inner_jaxpr(eqn, opened)
         with _compat.keep_source(eqn):
-            if eqn.primitive.name == "scan" and not in_body:
-                for i in _compat.carry_of(eqn):
+            if primitives.of(eqn).is_scan and not in_body:
+                for i in calls.carry_of(eqn):
                     values[i] = jnp.copy(values[i])  # where a parameter begins a carry, its one use, see `_classify`
             if inner is not None:
                 outs = _inline(*inner, values, in_body, eqn if opened else around)
-            elif around is not None and eqn.primitive.name == "scan" and not in_body:
-                outs = _compat.scan_of_checkpoints(eqn, around, values)
+            elif around is not None and primitives.of(eqn).is_scan and not in_body:
+                outs = calls.scan_of_checkpoints(eqn, around, values)
             else:
                 outs = _compat.bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -174,7 +175,7 @@ def _classify(
     depends, varying, carrying = set(parameters), set(inputs), set(active)
     static: list[Any] = []
     dynamic: list[tuple[Any, tuple[int, ...]]] = []  # equations, and which of their results carry a tangent
-    begins = _beginnings(flat.jaxpr.eqns) if nest else set()
+    begins = calls.copies_into_carries(flat.jaxpr.eqns) if nest else set()
     for eqn in leading_to([out for out in flat.jaxpr.outvars if is_var(out)], flat.jaxpr.eqns):
         operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
         if any(var in depends for var in operands):
@@ -187,7 +188,7 @@ def _classify(
         if not any(var in varying for var in operands) and not eqn.effects and not is_use:
             static.append(eqn)
             touched = frozenset().union(*(reach.get(var, frozenset()) for var in operands))
-            if eqn.primitive.name == "optimization_barrier":  # of many values at once, each its own
+            if primitives.of(eqn).is_many:  # of many values at once, each its own
                 reach.update((eqn.outvars[k], reach[var]) for k, var in enumerate(operands) if reach.get(var))
             else:
                 reach.update((eqn.outvars[k], touched) for k in outs)
@@ -198,7 +199,7 @@ def _classify(
     marks = {
         index: tuple(i for i, var in enumerate(eqn.invars) if is_var(var) and reach.get(var))
         for index, (eqn, outs) in enumerate(dynamic)
-        if outs and _compat.has_custom_rule(eqn)
+        if outs and calls.has_custom_rule(eqn)
     }
     return Program(
         constants=dict(zip(flat.jaxpr.constvars, map(jnp.asarray, flat.consts), strict=True)),
@@ -214,13 +215,6 @@ def _classify(
         producers={out: eqn for eqn in static for out in eqn.outvars},
         depends=any(out in depends for out in flat.jaxpr.outvars[:1] if is_var(out)),
     )
-
-
-def _beginnings(eqns: Sequence[Any]) -> set[Any]:
-    """The copies that begin the carries of scans."""
-    copies = {out for eqn in eqns if eqn.primitive.name in ("copy", "copy_p") for out in eqn.outvars}
-    scans = [eqn for eqn in eqns if eqn.primitive.name == "scan"]
-    return {atom for eqn in scans for i in _compat.carry_of(eqn) if is_var(atom := eqn.invars[i]) and atom in copies}
 
 
 def _sites(
@@ -267,7 +261,7 @@ def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
     That is so when a parameter is in the carry, when a result hangs on parameters alone, or when a custom_vjp stands
     between a parameter and its uses: it must be given the sum of their cotangents, not one after the other.
     """
-    eqn, call = site.eqn, _compat.body_of(site.eqn)
+    eqn, call = site.eqn, calls.body_of(site.eqn)
     if call is None or eqn.effects or call.length == 0:
         return None
     carry = range(call.num_consts, call.num_consts + call.num_carry)
@@ -281,15 +275,15 @@ def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
     active += [variables[call.num_consts + k] for k in outs if k < call.num_carry]
     results = [flat.jaxpr.outvars[k] for k in _results_of_body(flat, call, site.taps, outs)]
     body = _classify(flat, [variables[i] for i in site.views], inputs, active, results, nest=False)
-    if any(_compat.has_custom_vjp(static) for static in body.static):
+    if any(calls.has_custom_vjp(static) for static in body.static):
         return None
     if any(body.reach.get(out) for out in body.outputs if is_var(out)):
         return None
     operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in site.dynamic and i not in carry}
-    return Nested(eqn, call, body, operands, None if call.length is None else _compat.checkpoint_in(call.jaxpr))
+    return Nested(eqn, call, body, operands, None if call.length is None else calls.checkpoint_in(call.jaxpr))
 
 
-def _results_of_body(flat: Any, call: _compat.Body, taps: tuple[int, ...], outs: tuple[int, ...]) -> set[int]:
+def _results_of_body(flat: Any, call: calls.Body, taps: tuple[int, ...], outs: tuple[int, ...]) -> set[int]:
     """The results of a body that cotangents come from: of a carry, also through the steps that follow."""
     results, carried = set(taps), {k for k in outs if k < call.num_carry}
     while True:

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
-from cg_jax import _compat, trees
+from cg_jax import trees
+from cg_jax.ghost import varying
 
 PyTree = Any
 
@@ -71,7 +73,7 @@ def _accumulate(
         return trees.add(total, sums), by_row
 
     _, shapes = jax.eval_shape(of_rows, jax.tree.map(lambda leaf: leaf[0], head))
-    total, by_row = jax.lax.scan(step, jax.tree.map(_compat.zeros, shapes), head)
+    total, by_row = jax.lax.scan(step, jax.tree.map(varying.zeros, shapes), head)
     by_row = _joined(by_row)
     if tail is not None:
         more_by_row, more = of_rows(tail)
@@ -94,8 +96,18 @@ def of_each(gradient: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
 def _by_shard(rows: PyTree, chunk: int) -> PyTree | None:
     """Rows as [shards, size, ...], where the compiler may divide them and one chunk does not hold all."""
     size = jax.tree.leaves(rows)[0].shape[0]
-    shards = math.gcd(size, _compat.auto_shards(rows)) if chunk < size else 1
+    shards = math.gcd(size, _auto_shards(rows)) if chunk < size else 1
     return None if shards == 1 else jax.tree.map(lambda x: x.reshape(shards, size // shards, *x.shape[1:]), rows)
+
+
+def _auto_shards(tree: PyTree) -> int:
+    """Over how many devices at most the compiler may divide arrays: those of Auto axes of the mesh that they are on."""
+    sizes = [1]
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        kinds = () if mesh is None else zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+        sizes.append(math.prod(size for kind, size in kinds if kind == AxisType.Auto))
+    return max(sizes)
 
 
 def _joined(tree: PyTree) -> PyTree:

@@ -8,7 +8,8 @@ each example. A number that is written and read again was measured to be worth a
 import dataclasses
 from collections.abc import Sequence
 
-from cg_jax import _compat
+from cg_jax import _jaxprs
+from cg_jax.ghost import primitives
 from cg_jax.ghost.capture import Program, Use
 from cg_jax.ghost.plan import GroupPlan, Plan, RulePlan, by_whole_loss, make_plan, norm_bytes
 from cg_jax.ghost.product import Product
@@ -21,7 +22,7 @@ DEAR = "the vjps of its uses cost more than the whole loss's"
 
 def forward(program: Program) -> int:
     """Operations of a forward step for one example."""
-    return sum(_compat.operations(eqn) for eqn in program.dynamic)
+    return sum(primitives.operations(eqn) for eqn in program.dynamic)
 
 
 def of_rule(tensor: RulePlan) -> int:
@@ -41,8 +42,8 @@ def of_use(use: Use) -> int:
     """Operations of the vjp of one use; of a scan, of all its steps."""
     length = (use.nested.call.length or 1) if use.nested else 1
     # What is linear in the view need not be run forward again.
-    passes = 3 if _compat.holds_jaxprs(use.site.eqn) else 1
-    return length * passes * _compat.operations(use.site.eqn)
+    passes = 3 if _jaxprs.holds_jaxprs(use.site.eqn) else 1
+    return length * passes * primitives.operations(use.site.eqn)
 
 
 def _size(program: Program, parameters: Sequence[int]) -> int:
@@ -68,7 +69,7 @@ def cheapest(program: Program, max_bytes: int | None = None) -> Plan:
     """The plan for a captured loss; where vmap(grad) of the loss costs less, that: for some tensors, or for all."""
     plan = make_plan(program, max_bytes)
     uses = [use for group in plan.groups for use, _ in group.uses]
-    if not any(_compat.holds_jaxprs(use.site.eqn) for use in uses):
+    if not any(_jaxprs.holds_jaxprs(use.site.eqn) for use in uses):
         return plan  # at most the sums are formed twice
     some = tuple(sorted(i for group in plan.groups for i in group.parameters))
     every = tuple(sorted((*some, *(tensor.parameter for tensor in (*plan.rules, *plan.inline)))))

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 
 from cg_jax import _compat, _validate, trees
 from cg_jax._loss import LossFn, checked_pair, example_of, has_empty
-from cg_jax.ghost import capture, cost, instances, scalars
+from cg_jax.ghost import capture, cost, instances, scalars, varying
 from cg_jax.ghost.backward import Pass, Traces, backward, located_errors
 from cg_jax.ghost.capture import Program, Use
 from cg_jax.ghost.chunks import accumulate, accumulate_with, in_chunks, of_each
 from cg_jax.ghost.evaluation import evaluate, read_all
 from cg_jax.ghost.inline import InlinePlan
+from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.plan import RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import Yield, along, instantiated, sum_of_products, without_gradients
-from cg_jax.ghost.rules import Norm
 from cg_jax.ghost.uses import rearranged, to_parameter
 
 PyTree = Any
@@ -199,7 +199,7 @@ def _along_view(
 ) -> jax.Array:
     """⟨gᵢ, v⟩ [B] of a tensor's one use, which is linear in it: the cotangent times the results at v."""
     ((use, position),) = tensor.places
-    view = _compat.transposed(
+    view = varying.transposed(
         lambda g: to_parameter(program, (use, position), tensor.paths[0], tensor.parameter, env, g),
         use.site.eqn.invars[position].aval.shape,
         direction,
@@ -250,7 +250,7 @@ def _sum_by_vjp(
             return jax.vmap(one)([widen(x) for x in seen])
 
         # All that has a rule is linear in the view.
-        return _compat.transposed(outputs, view.shape, widen(cotangent))
+        return varying.transposed(outputs, view.shape, widen(cotangent))
 
     if path.is_slice:
         total = jax.vmap(total, in_axes=1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from cg_jax.ghost.product import Product
 
@@ -80,3 +81,13 @@ def to_product(
         scale = scale.transpose(order).reshape(n, d, p)
     of_parameter = product._replace(factors=factors, of_batch=None, to_view=to_view, dims=(n, t, d, p))
     return of_parameter._replace(keeps_entries=False, is_shared=False, d_axes=None, sides=like.sides, scale=scale)
+
+
+def is_complex(value: Any) -> bool:
+    """Whether an array, or an aval, is of complex numbers."""
+    return jnp.issubdtype(value.dtype, jnp.complexfloating)
+
+
+def wider(factor: jax.Array, value: jax.Array) -> Any:
+    """The dtype of a factor times a value: that of the factor, unless it would lose an imaginary part."""
+    return jnp.result_type(factor, jnp.complex64) if is_complex(value) else factor.dtype

@@ -14,18 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
+from cg_jax.ghost import primitives, varying
 from cg_jax.ghost.capture import Program, Use
 from cg_jax.ghost.chunks import in_chunks
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import instantiated, without_gradients
 from cg_jax.ghost.rules import rule_for
 from cg_jax.ghost.uses import Path, Place, path_of, rearranged
-from cg_jax.ghost.views import ISOMETRIES, is_isometric
-
-# Views of a slice that are linear in it and have no other operand.
-_SPREADS = ISOMETRIES | {"broadcast_in_dim", "cumsum", "neg", "reduce_sum", "slice"}
-# Linear in either operand, so that a gradient does not hang on the view's own values.
-_LINEAR = frozenset({"add", "add_any", "conv_general_dilated", "dot_general", "mul", "sub"})
+from cg_jax.ghost.views import is_isometric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +54,15 @@ class InlinePlan:
 
         def outputs(value: jax.Array) -> jax.Array:
             for step in self.path.inner:
-                value = _compat.bind(step.eqn, [value])[step.output]
+                if not primitives.of(step.eqn).is_many:
+                    value = _compat.bind(step.eqn, [value])[step.output]
             operands: list[Any] = [None] * len(self.use.site.eqn.invars)
             operands[self.position] = value
             for i, each in zip(self.use.site.dynamic, seen, strict=True):
                 operands[i] = each
             return _compat.bind(self.use.site.eqn, operands)[0]
 
-        return _compat.transposed(outputs, first.aval.shape, cotangent)
+        return varying.transposed(outputs, first.aval.shape, cotangent)
 
     def tap(self, value: jax.Array, number: jax.Array, seen: list[jax.Array]) -> jax.Array:
         """`value`; the cotangent of `number` is ‖gᵢ‖² of this step."""
@@ -115,8 +112,8 @@ def inline_plan(
         or not path.is_slice
         or program.has_custom_vjp
         or not is_isometric(path.outer)
-        or any(step.eqn.primitive.name not in _SPREADS and not step.is_identity for step in path.inner)
-        or site.eqn.primitive.name not in _LINEAR
+        or not all(step.is_identity or _is_linear(step.eqn) for step in path.inner)
+        or not primitives.of(site.eqn).is_linear
         or len(site.views) != 1
         or len(site.taps) != 1
         or len(site.dynamic) + 1 != len(site.eqn.invars)
@@ -130,3 +127,8 @@ def inline_plan(
         return InlinePlan(parameter, use, position, path, product, *form_of(product))
     size = program.parameters[parameter].aval.size // (path.length or 1) * dtype.itemsize
     return InlinePlan(parameter, use, position, path, None, "elementwise", max(1, limit // max(1, size)))
+
+
+def _is_linear(eqn: Any) -> bool:
+    """Whether the result is linear in the one operand."""
+    return primitives.of(eqn).is_linear and len(eqn.invars) == 1

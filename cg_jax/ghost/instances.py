@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from cg_jax import _compat, trees
 from cg_jax._loss import LossFn
+from cg_jax.ghost import primitives, varying
 from cg_jax.ghost.capture import Nested, Program, Site, Use
 from cg_jax.ghost.evaluation import differentiated, evaluate, is_var, leading_to, read_all
 from cg_jax.ghost.plan import GroupPlan
+from cg_jax.ghost.primitives.calls import has_custom_rule
 from cg_jax.ghost.views import path_to, undo
 
 PyTree = Any
@@ -29,17 +31,13 @@ def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callabl
     _, to_parameters = view_pullback(program, env, group.parameters, views)
 
     def gradient(traces: list[Trace]) -> list[jax.Array]:
-        total = {view: _compat.zeros(view.aval) for view in views}
+        total = {view: varying.zeros(view.aval) for view in views}
         for (use, positions), trace in zip(group.uses, traces, strict=True):
             for view, part in of_use(use, positions, env, trace):
                 total[view] += part
         return trees.accumulate(to_parameters([total[view] for view in views]))
 
     return gradient
-
-
-# What may be done in a wider dtype than it was written in: sums of its cotangents could leave a narrow one's range.
-_WIDENED = frozenset({"add", "add_any", "div", "mul", "sub"})
 
 
 def _widely(
@@ -52,7 +50,7 @@ def _widely(
     paths = {view: path_to(program, parameter, view) for view in views} if not more else {}
     if more or dtype == variable.aval.dtype or any(path is None for path in paths.values()):
         return None
-    if any(use.nested or len(at) > 1 or use.site.eqn.primitive.name not in _WIDENED for use, at in group.uses):
+    if any(use.nested or len(at) > 1 or not primitives.of(use.site.eqn).is_widened for use, at in group.uses):
         return None
 
     def widen(value: Any) -> Any:
@@ -116,7 +114,7 @@ def by_whole_loss(
 
 def _marks(site: Site, positions: Sequence[int]) -> list[int]:
     """The operands beside those at `positions` that a custom rule must see differentiated."""
-    return [i for i in site.tangents if i not in positions] if _compat.has_custom_rule(site.eqn) else []
+    return [i for i in site.tangents if i not in positions] if has_custom_rule(site.eqn) else []
 
 
 def operands_of(site: Site, env: dict[Any, Any], seen: list[jax.Array]) -> list[Any]:
@@ -132,7 +130,7 @@ def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Tra
     seen, cotangents = trace
     if use.nested is not None:
         return _of_nested(use, use.nested, positions, env, trace)
-    if use.site.eqn.primitive.name in ("add", "add_any", "copy", "copy_p") and len(positions) == 1:
+    if primitives.of(use.site.eqn).is_sum and len(positions) == 1:
         (view,) = (use.site.eqn.invars[p] for p in positions)
         if view.aval.shape == cotangents[0].shape:  # nothing to trace
             return [(view, cotangents[0].astype(view.aval.dtype))]
@@ -196,7 +194,7 @@ def _of_nested(
         return added, [parts[var] for var in wanted if var not in shared]
 
     shared = [var for var in wanted if not nested.is_slice(var)]
-    zeros = [_compat.zeros(var.aval) for var in shared]
+    zeros = [varying.zeros(var.aval) for var in shared]
     rows = (read_all([nested.operands[var] for var in sliced], env), *trace)
     totals, stacked = jax.lax.scan(step, zeros, rows)
     apart = [var for var in wanted if var not in shared]

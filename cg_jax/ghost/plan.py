@@ -5,27 +5,26 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from cg_jax import _compat, trees
+from cg_jax import trees
+from cg_jax.ghost import primitives
+from cg_jax.ghost.activity import has_reverse_mode
 from cg_jax.ghost.capture import Program, Use, uses_of
 from cg_jax.ghost.evaluation import is_var, leading_to
 from cg_jax.ghost.inline import InlinePlan, inline_plan
+from cg_jax.ghost.norm import Norm, lift_norm
+from cg_jax.ghost.primitives.calls import has_custom_vjp
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import product_chunk, product_form
-from cg_jax.ghost.rules import Norm, rule_for
-from cg_jax.ghost.tables import lift_norm
+from cg_jax.ghost.rules import rule_for
 from cg_jax.ghost.uses import Path, Place, path_of, product_of, together
 from cg_jax.ghost.views import is_isometric, path_to
 
 # Bytes that the per-example arrays of one tensor may take at once, by default.
 _MAX_BYTES = {"cpu": 2**26}
 _MAX_BYTES_ACCELERATOR = 2**28
-# Entry by entry, or placed among other entries: their own vjp costs what their cotangent does, so it is their rule.
-_ELEMENTWISE = frozenset(
-    {"add", "add_any", "copy", "copy_p", "sub", "mul", "div", "max", "min", "select_n", "pow", "atan2", "rem", "clamp"}
-    | {"concatenate", "dynamic_update_slice", "scatter", "scatter-add"}
-)
 # A chunk that no batch passes.
 ANY_CHUNK = 4096
 
@@ -81,7 +80,7 @@ class Plan:
 
 def bytes_at_once(max_bytes: int | None) -> int:
     """What the arrays of one tensor may take."""
-    return max_bytes or _MAX_BYTES.get(_compat.backend(), _MAX_BYTES_ACCELERATOR)
+    return max_bytes or _MAX_BYTES.get(jax.default_backend(), _MAX_BYTES_ACCELERATOR)
 
 
 def by_whole_loss(program: Program, members: tuple[int, ...], reason: str, max_bytes: int | None) -> GroupPlan:
@@ -150,9 +149,9 @@ def _is_number(program: Program, use: Use, position: int) -> bool:
     steps = [path_to(program, parameter, var) for parameter in program.reach[var]]
     if all(each is not None and is_isometric(each) for each in steps):
         return False
-    if not _compat.has_reverse_mode(use.site.eqn, [position]):
+    if not has_reverse_mode(use.site.eqn, [position]):
         return False
-    return not any(map(_compat.has_custom_vjp, (use.site.eqn, *leading_to([var], program.static))))
+    return not any(map(has_custom_vjp, (use.site.eqn, *leading_to([var], program.static))))
 
 
 def _number_plan(program: Program, parameter: int, numbers: tuple[Place, ...]) -> RulePlan | str:
@@ -212,11 +211,11 @@ def _without_rule(program: Program, place: Place, path: Path | None) -> str | No
     """Why a tensor's one use has no rule; empty where it needs none, None where it has one."""
     use, position = place
     name = _name(place)
-    if name == "scan":
+    if primitives.of(use.site.eqn).is_scan:
         return "the scan is taken whole: a parameter is in its carry, or its body cannot be taken apart"
     rule = rule_for(use.site.eqn, position)
     rule = _norm(place, path) if isinstance(rule, Norm) else rule
-    if rule is None and name in _ELEMENTWISE and _is_cheap(program, use, position):
+    if rule is None and primitives.of(use.site.eqn).is_elementwise and _is_cheap(program, use, position):
         return ""
     if path is None:
         return f"transformed by other parameters or in several ways before {name}"
@@ -246,7 +245,7 @@ def _is_cheap(program: Program, use: Use, position: int) -> bool:
     """Whether to undo a view costs no more operations than it has entries, or a few times that."""
     views = list(use.variables(position))
     limit = 8 * max(var.aval.size for var in views)
-    return all(_compat.operations(eqn) <= limit for eqn in leading_to(views, program.static))
+    return all(primitives.operations(eqn) <= limit for eqn in leading_to(views, program.static))
 
 
 def _groups(
@@ -273,7 +272,7 @@ def _group(
         for use, position in places[parameter]:
             at.setdefault(use.key, (use, set()))[1].add(position)
     uses = tuple((use, tuple(sorted(positions))) for _, (use, positions) in sorted(at.items()))
-    whole = not all(_compat.has_reverse_mode(use.site.eqn, positions) for use, positions in uses)
+    whole = not all(has_reverse_mode(use.site.eqn, positions) for use, positions in uses)
     chunk = max(1, limit // max(group_bytes(program, members, uses), 1))
     return GroupPlan(members, uses, tuple(reasons.get(i, "") for i in members), whole, chunk)
 

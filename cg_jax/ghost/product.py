@@ -8,8 +8,6 @@ is the gradient of the view, rearranged; a convolution is such a product over th
 ‖G‖² = Σₙ ⟨A Aᵀ, B Bᵀ⟩ (Gram), or ‖A‖² ‖B‖² where T = 1, needs no G.
 """
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +18,45 @@ Factors = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Product(NamedTuple):
-    """A use whose view's gradient is G[n] = A[n]ᵀ B[n], rearranged; for one example."""
+    """A rule that gives the gradient of one operand as products, summed over positions.
 
-    factors: Factors  # (input, cotangent) → (A, B)
-    to_view: Callable[[jax.Array], jax.Array]  # G [N, D, P] → a gradient of the view's shape
-    dims: tuple[int, int, int, int]  # N, T, D, P
+    For ONE example, with N independent products over T positions,
+
+        G[n] = A[n]ᵀ B[n] = Σₜ a[n, t] b[n, t]ᵀ,    A [N, T, D] from the input, B [N, T, P] from the cotangent,
+
+    and the gradient is G, rearranged. For a dense layer y = x W it is N = 1, A = x [1, T, D] and B = the cotangent of
+    y, [1, T, P]. The engine takes ‖g‖² from it in the cheapest of three ways: ‖a‖² ‖b‖² where T = 1, ⟨AAᵀ, BBᵀ⟩, or
+    from G itself. It takes the sum Σ gᵢ over the batch from it too. The rule also holds in the body of `jax.lax.scan`.
+
+    Attributes:
+        factors: factors(input, cotangent) → (A, B), of ONE example; the engine adds the batch axis, [B, ...], by
+            `jax.vmap`. `input` is the one operand of the equation that depends on the example (where more do, the
+            rule is not used), `cotangent` has the shape of the output.
+        to_view: to_view(G [N, D, P]) → the gradient, in the shape of the operand. It must rearrange G: each entry
+            stands in the result once.
+        dims: (N, T, D, P).
+        precision: Of the products, as in `jax.lax.dot_general`.
+        rearranges, of_batch, keeps_entries, sides, d_axes, scale, is_shared: For the rules of cg_jax.
+
+    Examples:
+        The rule of a vector times a matrix, x [D] and W [D, P], which cg_jax has a rule for already:
+
+        >>> import jax.numpy as jnp, cg_jax as cg
+        >>> def times(eqn, view):
+        ...     x, w = (operand.aval.shape for operand in eqn.invars)
+        ...     if view != 1 or len(x) != 1 or len(w) != 2:
+        ...         return None
+        ...     def factors(x, cotangent):
+        ...         return x[None, None], cotangent[None, None]
+        ...     return cg.Product(factors, lambda g: g[0], dims=(1, 1, *w))
+        >>> with cg.register_rule("dot_general", times):
+        ...     cg.per_example_sq_norms(lambda w, x: (x @ w).sum())(jnp.zeros((2, 3)), jnp.array([[3.0, 4.0]]))
+        Array([75.], dtype=float32)
+    """
+
+    factors: Factors
+    to_view: Callable[[jax.Array], jax.Array]
+    dims: tuple[int, int, int, int]
     precision: Any = None  # of the products, as in jax.lax.dot_general
     rearranges: bool = True  # whether A only rearranges the input; patches are many times the input
     of_batch: Factors | None = None  # the same for a batch, where that is faster than vmap; A then as Aᵀ [B, N, D, T]
@@ -39,48 +71,6 @@ class Product(NamedTuple):
 def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
     """The lengths of some axes of a shape."""
     return tuple(shape[i] for i in axes)
-
-
-def dot_general(eqn: Any, view: int) -> Product:
-    """lax.dot_general with any dimension numbers, the parameter on either side."""
-    contract, batch = (tuple(map(tuple, pair)) for pair in eqn.params["dimension_numbers"])
-    shapes = tuple(var.aval.shape for var in eqn.invars)
-    return _dot_general(contract, batch, shapes, eqn.params["precision"], view)
-
-
-@functools.lru_cache(maxsize=4096)
-def _dot_general(contract: Any, batch: Any, shapes: tuple[tuple[int, ...], ...], precision: Any, view: int) -> Product:
-    other = 1 - view
-    rank = len(shapes[view])
-    # Contracted axes in the view's order, as all of its axes.
-    pairs = sorted(zip(*contract, strict=True), key=lambda pair: pair[view])
-    contract = tuple(tuple(pair[k] for pair in pairs) for k in (0, 1))
-    free = [[i for i in range(len(s)) if i not in contract[k] and i not in batch[k]] for k, s in enumerate(shapes)]
-    named = {
-        "N": sizes(shapes[view], batch[view]),
-        "T": sizes(shapes[other], free[other]),
-        "D": sizes(shapes[view], contract[view]),
-        "P": sizes(shapes[view], free[view]),
-    }
-    n, t, d, p = (math.prod(named[name]) for name in "NTDP")
-
-    def factors(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        a = x.transpose(*batch[other], *free[other], *contract[other]).reshape(n, t, d)
-        # The output's axes are the batch, then the left side's, then the right side's.
-        if view == 0:
-            return a, cotangent.reshape(n, p, t).transpose(0, 2, 1)
-        return a, cotangent.reshape(n, t, p)
-
-    def to_view(gradient: jax.Array) -> jax.Array:
-        order = (*batch[view], *contract[view], *free[view])
-        spread = gradient.reshape(*named["N"], *named["D"], *named["P"])
-        return spread.transpose(*(order.index(axis) for axis in range(len(order))))
-
-    sides = None
-    if tuple(batch[view]) == tuple(sorted(batch[view])):
-        sides = "".join("D" if i in contract[view] else "N" if i in batch[view] else "P" for i in range(rank))
-    product = Product(factors, to_view, (n, t, d, p), precision, keeps_entries=True, sides=sides)
-    return product._replace(is_shared=True)
 
 
 def lift(product: Product, length: int, is_slice: bool) -> Product:

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _compat, trees
+from cg_jax import trees
+from cg_jax.ghost import varying
 from cg_jax.ghost.chunks import accumulate, in_chunks
 from cg_jax.ghost.product import Product
 
@@ -37,7 +38,7 @@ def product_form(product: Product) -> str:
         return "closed"
     if product.scale is not None:
         return "instantiate"
-    if _compat.backend() == "cpu":
+    if jax.default_backend() == "cpu":
         worth = _PER_NUMBER if product.rearranges else _PER_NUMBER_OF_PATCHES
         return "gram" if t * t * (d + p) <= worth * d * p else "instantiate"
     return "gram" if 2 * t * t <= d * p else "instantiate"
@@ -46,7 +47,7 @@ def product_form(product: Product) -> str:
 def is_faster_flipped(product: Product) -> bool:
     """Whether BᵀA is faster than AᵀB; measured on XLA:CPU, where a wide B wants to stand first, unless Aᵀ is given."""
     _, _, d, p = product.dims
-    return _compat.backend() == "cpu" and product.of_batch is None and 64 <= p < d
+    return jax.default_backend() == "cpu" and product.of_batch is None and 64 <= p < d
 
 
 def product_bytes(product: Product, form: str, itemsize: int) -> int:
@@ -61,7 +62,7 @@ def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int
     """How many examples' arrays are built at once."""
     size = max(1, product_bytes(product, form, itemsize))
     chunk = max(1, limit // size)
-    if form == "instantiate" and _compat.backend() == "cpu":
+    if form == "instantiate" and jax.default_backend() == "cpu":
         if product.rearranges:
             return min(chunk, max(1, _CACHE_BYTES // size))
         return min(chunk, 8 if 8 * size <= 4 * _CACHE_BYTES else 4)
@@ -162,7 +163,7 @@ _sum_once = jax.jit(_sum, static_argnums=(0, 3))
 def along(product: Product, x: Any, cotangent: Any, direction: jax.Array) -> jax.Array:
     """⟨gᵢ, v⟩ [B] = Σₜ aₜᵀ V bₜ, with V the direction v as a gradient of the product."""
     n, _, d, p = product.dims
-    matrix = _compat.transposed(product.to_view, (n, d, p), direction)
+    matrix = varying.transposed(product.to_view, (n, d, p), direction)
     if product.scale is not None:
         matrix = matrix * product.scale.astype(matrix.dtype)
     a, b, letters = _factors(product, x, cotangent)

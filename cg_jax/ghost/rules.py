@@ -1,81 +1,167 @@
 """How the squared norm of a gradient follows from a parameter use's inputs and cotangents, primitive by primitive.
 
-A rule is looked up in `RULES` by the primitive's name. It gives a `Product`, or a `Norm` where the view's gradient only
-places or adds up cotangents. What has no rule is done by the primitive's own vjp, example by example.
+A rule gives a `Product`, or a `Norm` where the view's gradient only places or adds up cotangents. What has no rule is
+done by the primitive's own vjp, example by example. The rules of cg_jax stand in the table of `primitives`; here are
+those of others.
 """
 
+import contextlib
+import dataclasses
+import math
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, overload
 
-import jax.numpy as jnp
+import jax
 
-from cg_jax.ghost.convolution import conv_general_dilated
-from cg_jax.ghost.product import Product, dot_general
-from cg_jax.ghost.tables import Norm, dynamic_slice, gather
+from cg_jax import _compiled
+from cg_jax.ghost import primitives
+from cg_jax.ghost.factors import is_complex
+from cg_jax.ghost.norm import Norm
+from cg_jax.ghost.primitives import TABLE, Primitive, Rule, RuleBuilder
+from cg_jax.ghost.product import Product
 
-Rule = Product | Norm
-RuleBuilder = Callable[[Any, int], Rule | None]
-RULES: dict[str, RuleBuilder] = {
-    "dot_general": dot_general,
-    "conv_general_dilated": conv_general_dilated,
-    "dynamic_slice": dynamic_slice,
-    "gather": gather,
-}
-# Those that hold for complex numbers too: JAX's cotangents are without a conjugate.
-_OF_COMPLEX = (dot_general, conv_general_dilated)
+# The primitives that a rule was registered for: their own entry, if there is one, and the rules, the last in force.
+_REGISTERED: dict[str, tuple[Primitive | None, list["Registration"]]] = {}
 
 
-def register_rule(primitive: str, rule: RuleBuilder) -> None:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Registration(contextlib.AbstractContextManager["Registration", None]):
+    """A rule in force, from `register_rule` until it is removed; called, it is the rule.
+
+    As a context manager it is removed at the end of the block.
+    """
+
+    primitive: str
+    rule: RuleBuilder
+
+    def __call__(self, eqn: Any, view: int) -> Rule | None:
+        """rule(eqn, view)."""
+        return self.rule(eqn, view)
+
+    def __enter__(self) -> Self:
+        """The registration itself."""
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | types.TracebackType | None) -> None:
+        """Remove the rule."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the rule back: the one registered before it holds again, or that of cg_jax. Twice does no harm."""
+        _, rules = _REGISTERED.get(self.primitive, (None, []))
+        if self in rules:
+            rules.remove(self)
+            _put_in_force(self.primitive)
+
+
+@overload
+def register_rule(primitive: str, rule: RuleBuilder) -> Registration: ...
+@overload
+def register_rule(primitive: str) -> Callable[[RuleBuilder], Registration]: ...
+def register_rule(
+    primitive: str, rule: RuleBuilder | None = None
+) -> Registration | Callable[[RuleBuilder], Registration]:
     """Have the engine use `rule` where a parameter meets a value of the example in `primitive`.
 
     Nothing needs a rule to be exact: a primitive without one is done by its own vjp, example by example. A rule makes
-    it cheap. It replaces one registered before, and holds for what is traced from then on: a loss that is compiled
-    already stays as it is.
+    it cheap. A rule holds for real numbers, and replaces the one registered before it.
+
+    It is in force from the next call on: functions of cg_jax compile again when they are called after a rule was
+    registered or removed. A function that you compiled yourself, with `jax.jit` around one of cg_jax, keeps the rules
+    that it was traced with.
 
     Args:
         primitive: The primitive's name, as `jax.make_jaxpr` prints it.
-        rule: rule(eqn, view) → what becomes of the parameter at operand `view` of the equation `eqn`, all of it for ONE
-            example: a `Product` (the gradient is Aᵀ B, with A from the one other operand and B from the cotangent), a
-            `Norm` (a function from the operands that depend on the example, and the cotangent of the output, to ‖g‖²;
-            the sum over the batch is then formed by the primitive's own vjp), or None where neither fits, for the
-            primitive's own vjp. It is asked only for real numbers. In the body of a scan a
-            `Norm` is used for tensors that each step has its own slice of.
+        rule: rule(eqn, view) → what becomes of the parameter at operand `view` of the equation `eqn`: a `Product`, a
+            `Norm`, or None where neither fits, for the primitive's own vjp. The primitive must be linear in that
+            operand, given the others. Left out, `register_rule(primitive)` is a decorator of the rule.
 
-            Of a Product `dims` are (N, T, D, P): factors(input, cotangent) gives A [N, T, D] and B [N, T, P], N
-            independent products over T positions, and to_view makes of their G = Aᵀ B, [N, D, P], an array of the
-            shape of the operand.
+    Returns:
+        A `Registration`. `remove()` takes the rule back, as does the end of a `with` block; then the rule that it
+        replaced is in force again. A decorated rule is its own `Registration`, and can be called as before.
 
     Raises:
-        TypeError: primitive is no string; when a loss is traced, a rule that gives something else.
+        TypeError: primitive is no string, or rule cannot be called; when a loss is traced, a rule that gives something
+            else than a `Product`, a `Norm` or None.
+        ValueError: When a loss is traced, a `Norm` that gives more than one number for an example, or a `Product` whose
+            factors or to_view do not have the shapes that its dims say.
 
     Examples:
         A bias of the output's own shape: its gradient is the cotangent.
 
         >>> import jax, cg_jax as cg
-        >>> def shift(eqn, view):
+        >>> @cg.register_rule("add")
+        ... def shift(eqn, view):
         ...     same = eqn.invars[view].aval.shape == eqn.outvars[0].aval.shape
-        ...     return cg.ghost.Norm(lambda operands, cotangent: (cotangent**2).sum()) if same else None
-        >>> cg.register_rule("add", shift)
+        ...     return cg.Norm(lambda operands, cotangent: (cotangent**2).sum()) if same else None
         >>> def loss_fn(b, x):
         ...     return ((x + b) ** 2).sum() / 2
-        >>> cg.per_example_sq_norms(loss_fn)(jax.numpy.zeros(2), jax.numpy.array([[3.0, 4.0], [0.0, 1.0]]))
+        >>> b, x = jax.numpy.zeros(2), jax.numpy.array([[3.0, 4.0], [0.0, 1.0]])
+        >>> cg.explain(loss_fn, b, x[0])[0].rule
+        'norm'
+        >>> cg.per_example_sq_norms(loss_fn)(b, x)
         Array([25.,  1.], dtype=float32)
-        >>> del cg.ghost.RULES["add"]
+        >>> shift.remove()
+        >>> cg.explain(loss_fn, b, x[0])[0].rule
+        'elementwise'
     """
     if not isinstance(primitive, str):
         raise TypeError(
             f"Expected primitive to be the name of one, as jax.make_jaxpr prints it, got {type(primitive).__name__}."
         )
-    RULES[primitive] = rule
+    if rule is None:
+        return lambda rule: _registered(primitive, rule)
+    return _registered(primitive, rule)
+
+
+def _registered(primitive: str, rule: RuleBuilder) -> Registration:
+    if not callable(rule):
+        raise TypeError(f"Expected rule to be a function of (eqn, view), got {type(rule).__name__}.")
+    registration = Registration(primitive, rule)
+    _REGISTERED.setdefault(primitive, (TABLE.get(primitive), []))[1].append(registration)
+    _put_in_force(primitive)
+    return registration
+
+
+def _put_in_force(primitive: str) -> None:
+    """Have the table say what is registered for a primitive, and let nothing compiled before it be used."""
+    own, rules = _REGISTERED[primitive]
+    if rules:
+        TABLE[primitive] = dataclasses.replace(own or Primitive(), rule=rules[-1], of_complex=False)
+        _compiled.outdate()
+        return
+    del _REGISTERED[primitive], TABLE[primitive]
+    if own is not None:
+        TABLE[primitive] = own
+    _compiled.outdate()
 
 
 def rule_for(eqn: Any, view: int) -> Rule | None:
     """The rule for a parameter at operand `view` of an equation, if there is one; of complex numbers, for products."""
-    builder = RULES.get(eqn.primitive.name)
-    is_complex = any(jnp.issubdtype(var.aval.dtype, jnp.complexfloating) for var in (*eqn.invars, *eqn.outvars))
-    rule = None if builder is None or (is_complex and builder not in _OF_COMPLEX) else builder(eqn, view)
+    primitive = primitives.of(eqn)
+    has_complex = any(is_complex(var.aval) for var in (*eqn.invars, *eqn.outvars))
+    rule = None if primitive.rule is None or (has_complex and not primitive.of_complex) else primitive.rule(eqn, view)
     if rule is not None and not isinstance(rule, Product | Norm):
         raise TypeError(
             f"Expected the rule of {eqn.primitive.name} to give a Product, a Norm or None, got {type(rule).__name__}."
         )
+    if isinstance(rule, Product) and eqn.primitive.name in _REGISTERED:
+        _check_shapes(eqn, view, rule)
     return rule
+
+
+def _check_shapes(eqn: Any, view: int, rule: Product) -> None:
+    """Raise ValueError where the product of a registered rule is not of the shapes that its dims say."""
+    shape, others = eqn.invars[view].aval.shape, [atom.aval for i, atom in enumerate(eqn.invars) if i != view]
+    if len(others) != 1 or len(eqn.outvars) != 1:
+        return
+    n, t, d, p = rule.dims
+    a, b = jax.eval_shape(rule.factors, others[0], eqn.outvars[0].aval)
+    gradient = jax.eval_shape(rule.to_view, jax.ShapeDtypeStruct((n, d, p), a.dtype))
+    got, want = (a.shape, b.shape, gradient.shape), ((n, t, d), (n, t, p), shape)
+    if got != want or n * d * p != math.prod(shape):
+        raise ValueError(
+            f"Expected the rule of {eqn.primitive.name} to give factors and a gradient of the shapes {want}, as its "
+            f"dims {rule.dims} and the operand {shape} say, got {got}."
+        )

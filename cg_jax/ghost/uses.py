@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cg_jax.ghost import factors, pulls
+from cg_jax.ghost import factors, primitives, views
 from cg_jax.ghost.capture import Program, Use
 from cg_jax.ghost.evaluation import evaluated, is_var, read_all
 from cg_jax.ghost.factors import Factors, NotSeparableError
+from cg_jax.ghost.primitives import Read, Static, Step
 from cg_jax.ghost.product import Product, joined_positions, lift
 from cg_jax.ghost.rules import rule_for
-from cg_jax.ghost.views import Read, Step, is_isometric, path_to, undo
+from cg_jax.ghost.views import is_isometric, path_to, undo
 
 # A use and the position of its operand that is a view of a parameter.
 Place = tuple[Use, int]
@@ -64,7 +65,7 @@ def product_of(
     """
     use, position = place
     base, aval = rule_for(use.site.eqn, position), program.parameters[parameter].aval
-    if not isinstance(base, Product):
+    if not isinstance(base, Product) or len(use.site.dynamic) != 1 or len(use.site.eqn.outvars) != 1:
         return None
     if path.is_isometric and alone:
         if not path.outer and not path.inner and path.length is None:
@@ -79,10 +80,10 @@ def product_of(
     def of_example(x: jax.Array, cotangent: jax.Array) -> Factors:
         def once(x: jax.Array, cotangent: jax.Array) -> Factors:
             of_view = factors.initial(base, shape, x, cotangent)
-            return pulls.pull(path.inner, of_view, read_inner, functools.partial(spread, body))
+            return views.pull(path.inner, of_view, Static(read_inner, functools.partial(spread, body)))
 
         joined = once(x, cotangent) if path.length is None else _lifted(once, path, x, cotangent)
-        return pulls.pull(path.outer, joined, read_outer, functools.partial(spread, program))
+        return views.pull(path.outer, joined, Static(read_outer, functools.partial(spread, program)))
 
     sides: list[str] = []
 
@@ -128,11 +129,9 @@ def spread(program: Program, atom: Any) -> tuple[int, ...]:
     if not atom.aval.shape:
         return ()
     eqn = program.producers.get(atom) if is_var(atom) else None
-    if eqn is not None and eqn.primitive.name == "broadcast_in_dim":
-        operand, axes = eqn.invars[0], eqn.params["broadcast_dimensions"]
-        return tuple(axes[axis] for axis in spread(program, operand) if operand.aval.shape[axis] != 1)
-    if eqn is not None and eqn.primitive.name in (*pulls.ENTRYWISE, "add", "sub", "convert_element_type", "copy"):
-        return tuple(sorted(set().union(*(spread(program, each) for each in eqn.invars))))
+    of_eqn = None if eqn is None else primitives.of(eqn).spread
+    if of_eqn is not None:
+        return of_eqn(eqn, functools.partial(spread, program))
     return tuple(axis for axis, size in enumerate(atom.aval.shape) if size != 1)
 
 

@@ -1,53 +1,17 @@
 """Views of parameters: the equations between a parameter and what an example meets, and the way back for a gradient."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat
+from cg_jax.ghost import primitives
 from cg_jax.ghost.capture import Program
 from cg_jax.ghost.evaluation import is_var
-
-# Results that are an operand as it is, or rounded.
-_IDENTITIES = frozenset(
-    {"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "pcast", "pvary", "sharding_constraint"}
-)
-# Rearrangements: every entry of the operand stands exactly once in the result.
-ISOMETRIES = _IDENTITIES | {"reshape", "transpose", "squeeze", "expand_dims", "rev"}
-Read = Callable[[Any], jax.Array]  # the value of a static operand
-
-
-def is_complex(value: Any) -> bool:
-    """Whether an array, or an aval, is of complex numbers."""
-    return jnp.issubdtype(value.dtype, jnp.complexfloating)
-
-
-class Step(NamedTuple):
-    """One equation on the way from a parameter to a view."""
-
-    eqn: Any
-    position: int  # of the operand on the way
-    output: int  # of the result on the way
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the result is the operand; a cast between real and complex numbers is none."""
-        name, operand, result = self.eqn.primitive.name, self.operand.aval, self.result.aval
-        if name == "optimization_barrier":
-            return self.position == self.output
-        return name in _IDENTITIES and is_complex(operand) == is_complex(result)
-
-    @property
-    def operand(self) -> Any:
-        """The variable nearer to the parameter."""
-        return self.eqn.invars[self.position]
-
-    @property
-    def result(self) -> Any:
-        """The variable nearer to the view."""
-        return self.eqn.outvars[self.output]
+from cg_jax.ghost.factors import Factors, NotSeparableError
+from cg_jax.ghost.primitives import Read, Static, Step
 
 
 def path_to(program: Program, parameter: int, view: Any) -> list[Step] | None:
@@ -61,7 +25,7 @@ def path_to(program: Program, parameter: int, view: Any) -> list[Step] | None:
         positions = [
             i for i, atom in enumerate(eqn.invars) if is_var(atom) and parameter in program.reach.get(atom, ())
         ]
-        if eqn.primitive.name == "optimization_barrier":  # of many values at once, each its own
+        if primitives.of(eqn).is_many:  # of many values at once, each its own
             positions = [eqn.outvars.index(var)]
         if len(positions) != 1:
             return None
@@ -73,9 +37,7 @@ def path_to(program: Program, parameter: int, view: Any) -> list[Step] | None:
 def is_isometric(steps: Sequence[Step]) -> bool:
     """Whether the steps only rearrange a parameter, entry by entry."""
     return all(
-        step.is_identity
-        or (step.eqn.primitive.name in ISOMETRIES - _IDENTITIES)
-        or (step.eqn.primitive.name == "broadcast_in_dim" and step.operand.aval.size == step.result.aval.size)
+        step.is_identity or (primitives.of(step.eqn).rearranges and step.operand.aval.size == step.result.aval.size)
         for step in steps
     )
 
@@ -103,3 +65,21 @@ def undo(steps: Sequence[Step], like: Any, total: jax.Array, read: Read) -> jax.
         return total
     _, pull = jax.vjp(forward, _compat.vary(widen(like), _compat.varying_axes(total)))
     return pull(total)[0]
+
+
+def pull(steps: Sequence[Step], factors: Factors, static: Static) -> Factors:
+    """The factors of a view's gradient, as those of the parameter's; NotSeparableError where it has none.
+
+    A view that is linear in one parameter keeps a gradient G = Σₜ aₜ bₜᵀ a sum of products, with other factors: a scale
+    of rows or columns, a selection of them, a slice, a concatenation or a product with another matrix (LoRA) acts on
+    one of the two factors alone. So no gradient of an example is built for them. A mask, or the derivative of what is
+    done entry by entry, multiplies G itself.
+    """
+    for step in reversed(steps):
+        if step.is_identity:
+            continue
+        of_step = primitives.of(step.eqn).pull
+        if of_step is None:
+            raise NotSeparableError
+        factors = of_step(step, factors, static)
+    return factors

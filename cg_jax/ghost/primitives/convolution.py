@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cg_jax import _compat
+from cg_jax.ghost import varying
+from cg_jax.ghost.primitives.base import Primitive, size_of
 from cg_jax.ghost.product import Product, sizes
 
 
@@ -35,7 +36,7 @@ class _Axis(NamedTuple):
         return self.span <= self.stride or self.positions <= 1
 
 
-def conv_general_dilated(eqn: Any, view: int) -> Product | None:
+def rule(eqn: Any, view: int) -> Product | None:
     """lax.conv_general_dilated in any number of dimensions: strides, padding, both dilations, feature groups."""
     params = eqn.params
     if view != 1 or params["batch_group_count"] != 1:
@@ -103,7 +104,7 @@ def _patches(x: jax.Array, axes: list[_Axis]) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(pieces, piece(place)[:, :, None], place, 2)
 
     like = jax.eval_shape(lambda: jnp.repeat(piece(0)[:, :, None], len(starts), axis=2))
-    return lax.fori_loop(0, len(starts), step, _compat.zeros(like))
+    return lax.fori_loop(0, len(starts), step, varying.zeros(like))
 
 
 def _cut(x: jax.Array, axis: _Axis, at: int) -> jax.Array:
@@ -113,3 +114,16 @@ def _cut(x: jax.Array, axis: _Axis, at: int) -> jax.Array:
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == at else 0, 0) for i in range(x.ndim)])
     x = x.reshape(*x.shape[:at], axis.positions, step, *x.shape[at + 1 :])
     return lax.slice_in_dim(x, 0, axis.span, axis.dilation, at + 1)
+
+
+def _operations(eqn: Any) -> int:
+    kernel = eqn.invars[1].aval
+    features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * size_of(eqn.outvars) * kernel.size // max(1, features)
+
+
+ENTRIES = {
+    "conv_general_dilated": Primitive(
+        rule=rule, of_complex=True, is_linear=True, passes=True, is_differentiable=True, operations=_operations
+    )
+}

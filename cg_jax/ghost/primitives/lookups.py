@@ -1,20 +1,17 @@
 """Parameters that are looked up: what a gather takes twice gets the sum of both cotangents, which is squared then."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cg_jax.ghost.factors import Factors, NotSeparableError
+from cg_jax.ghost.norm import Norm, of_table
+from cg_jax.ghost.primitives.base import Primitive, Static, Step, unscaled
 from cg_jax.ghost.product import sizes
 
-# (dynamic operands, cotangent) → (row numbers [R], values [R, E]).
-Rows = Callable[[list[jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
-
-# Up to this many ids all pairs are compared; sorting more of them is faster.
-_PAIRS = 512
 _MODES = (
     lax.GatherScatterMode.CLIP,
     lax.GatherScatterMode.FILL_OR_DROP,
@@ -22,50 +19,12 @@ _MODES = (
 )
 
 
-class Norm(NamedTuple):
-    """A use whose view's gradient places or adds up cotangents; for one example."""
-
-    sq_norm: Callable[[list[jax.Array], jax.Array], jax.Array]  # (dynamic operands, cotangent) → ‖g‖²
-    rows: Rows | None = None  # of a table, (dynamic operands, cotangent) → what is added to which of its rows
-
-
-def of_table(rows: Rows) -> Norm:
-    """The rule of a use that adds values to rows of a table."""
-    return Norm(lambda operands, cotangent: sq_norm_of_rows(*rows(operands, cotangent)), rows)
-
-
-def sq_norm_of_rows(ids: jax.Array, values: jax.Array) -> jax.Array:
-    """‖g‖² of a gradient that is Σ values [R, E] at the rows `ids` [R]."""
-    if values.size == 0:
-        return jnp.zeros((), values.dtype)
-    return jnp.square(jax.ops.segment_sum(values, _labels(ids), ids.size)).sum()
-
-
-def lift_norm(rule: Norm, is_slice: bool) -> Norm | None:
-    """The rule of a use in the body of a scan, from operands and cotangents [length, ...] of all steps.
-
-    A slice is another in each step. Of a table that is the same in all of them rows add up over the steps; of anything
-    else there is no rule.
-    """
-    if is_slice:
-        return Norm(lambda operands, cotangent: jax.vmap(rule.sq_norm)(operands, cotangent).sum())
-    rows = rule.rows
-    if rows is None:
-        return None
-
-    def of_steps(operands: list[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, values = jax.vmap(rows)(operands, cotangent)
-        return ids.reshape(-1), values.reshape(ids.size, values.shape[-1])
-
-    return of_table(of_steps)
-
-
-def dynamic_slice(eqn: Any, view: int) -> Norm | None:
+def slice_rule(eqn: Any, view: int) -> Norm | None:
     """A slice at a place that the example names: the gradient is the cotangent, put there."""
     return Norm(lambda operands, cotangent: jnp.square(cotangent).sum()) if view == 0 else None
 
 
-def gather(eqn: Any, view: int) -> Norm | None:
+def gather_rule(eqn: Any, view: int) -> Norm | None:
     """lax.gather with any dimension numbers, at places that the example names.
 
     The axes of the table that the indices choose from, and the batching axes, make one row number; the others are the
@@ -135,10 +94,41 @@ def _row_numbers(
     return ids
 
 
-def _labels(ids: jax.Array) -> jax.Array:
-    """Numbers below R for ids [R], equal where the ids are."""
-    if ids.size <= _PAIRS:
-        return jnp.argmax(ids[:, None] == ids[None], axis=1).astype(jnp.int32)
-    order = jnp.argsort(ids)
-    changes = jnp.diff(ids[order]) != 0
-    return jnp.zeros_like(ids).at[order[1:]].set(jnp.cumsum(changes).astype(ids.dtype))
+@unscaled
+def _pull_gather(step: Step, factors: Factors, static: Static) -> Factors:
+    """Rows or columns by their indices: what was taken twice adds up."""
+    eqn, shape = step.eqn, step.operand.aval.shape
+    numbers, indices = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
+    axis = numbers.start_index_map[0] if len(numbers.start_index_map) == 1 else -1
+    sizes = tuple(1 if i == axis else size for i, size in enumerate(shape))
+    rest = tuple(i for i in range(len(step.result.aval.shape)) if i != axis)
+    if (
+        step.position != 0
+        or axis < 0
+        or numbers.collapsed_slice_dims != (axis,)
+        or numbers.operand_batching_dims
+        or tuple(eqn.params["slice_sizes"]) != sizes
+        or len(indices) != 2
+        or tuple(numbers.offset_dims) != rest
+    ):
+        raise NotSeparableError
+    places, mode = static.read(eqn.invars[1])[:, 0], jax.lax.GatherScatterMode.from_any(eqn.params["mode"])
+    if jnp.iinfo(places.dtype).bits < 32:  # the axis may be longer than they can count
+        places = places.astype(jnp.int32)
+    clips = mode == jax.lax.GatherScatterMode.CLIP
+    places = jnp.clip(places, 0, shape[axis] - 1) if clips else jnp.where(places < 0, shape[axis], places)
+
+    def scatter(factor: jax.Array, place: int) -> jax.Array:
+        rows = jnp.moveaxis(factor, place, 0)
+        zeros = jnp.zeros((shape[axis], *rows.shape[1:]), rows.dtype)
+        return jnp.moveaxis(zeros.at[places].add(rows, mode="drop"), 0, place)
+
+    if factors.sides[axis] == "N":  # would be a product of sums
+        raise NotSeparableError
+    return factors.on(axis, scatter)
+
+
+ENTRIES = {
+    "gather": Primitive(rule=gather_rule, pull=_pull_gather, passes=True, is_differentiable=True),
+    "dynamic_slice": Primitive(rule=slice_rule, passes=True),
+}

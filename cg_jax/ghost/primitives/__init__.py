@@ -1,0 +1,41 @@
+"""The one table of primitives: one entry for each, with all that the engine knows of it.
+
+`base` says what an entry holds. Support for another primitive is one entry, in the file of its family: `matmul`,
+`convolution`, `lookups`, `arithmetic`, `arranging`, `calls`. A primitive that has
+another name in another release of JAX has an entry under each.
+"""
+
+from cg_jax.ghost.primitives import arithmetic, arranging, calls, convolution, lookups, matmul
+from cg_jax.ghost.primitives.base import (
+    TABLE,
+    Primitive,
+    Pull,
+    Read,
+    Rule,
+    RuleBuilder,
+    Spread,
+    Static,
+    Step,
+    add,
+    named,
+    of,
+    operations,
+)
+
+for _family in (matmul, convolution, lookups, arithmetic, arranging, calls):
+    add(_family.ENTRIES)
+
+__all__ = [
+    "TABLE",
+    "Primitive",
+    "Pull",
+    "Read",
+    "Rule",
+    "RuleBuilder",
+    "Spread",
+    "Static",
+    "Step",
+    "named",
+    "of",
+    "operations",
+]
