@@ -76,10 +76,10 @@ def batch_statistics(
         batch, weights = fill_masked(batch, mask), mask.astype(jnp.float32)
     params = each_devices_own(loss_fn, params, batch, has_aux)
     if method == "ghost":
-        of_batch = ghost.statistics(loss_fn, params, batch, weights, max_bytes, has_aux=has_aux)
+        of = ghost.one_pass(loss_fn, params, batch, weights, max_bytes, has_aux)
+        losses, sq_norms, sum_grads, aux = of.losses, ghost.sq_norms(of), ghost.sums(of), of.aux
     else:
-        of_batch = _vmap_statistics(loss_fn, params, batch, weights, has_aux)
-    losses, sq_norms, sum_grads, aux = of_batch
+        losses, sq_norms, sum_grads, aux = _vmap_statistics(loss_fn, params, batch, weights, has_aux)
     losses = trees.accumulate(losses)
     if mask is not None:
         losses, sq_norms, aux = _zero_where(~mask, (losses, sq_norms, aux))

@@ -1,7 +1,7 @@
 """One forward and one backward pass over the batch that leave, for every site, what its rule needs."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ def _tap(value: jax.Array, tap: jax.Array) -> jax.Array:
 _tap.defvjp(lambda value, tap: (_tap(value, tap), None), lambda _, cotangent: (cotangent, cotangent))
 
 
-class Pass(NamedTuple):
+class Backward(NamedTuple):
     """What one forward and one backward pass over the batch left."""
 
     losses: jax.Array  # [B]
@@ -45,7 +45,7 @@ def backward(
     examples: list[jax.Array],
     weights: jax.Array,
     inside: Sequence[InlinePlan] = (),
-) -> Pass:
+) -> Backward:
     """Run the loss of every example, and Σ wᵢ ℓᵢ back to what every site made.
 
     A site of `inside` leaves ‖wᵢ gᵢ‖² of every step in place of its cotangent, and the sum of its view's gradients.
@@ -74,11 +74,13 @@ def backward(
             tree = tree[index]
         return tree
 
-    return Pass(losses, aux, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}, sums)
+    return Backward(
+        losses, aux, {use.key: (at(seen, use.key), at(cotangents, use.key)) for use in uses_of(program)}, sums
+    )
 
 
 @contextlib.contextmanager
-def located_errors(program: Program) -> Iterator[None]:
+def located_errors(program: Program) -> Generator[None]:
     """Of a loss that JAX cannot differentiate, say which equation it cannot."""
     try:
         yield

@@ -65,9 +65,9 @@ def _of_plan(program: Program, plan: Plan) -> int:
     )
 
 
-def cheapest(program: Program, max_bytes: int | None = None) -> Plan:
+def cheapest(program: Program, max_bytes: int | None = None, norms_inside: bool = True) -> Plan:
     """The plan for a captured loss; where vmap(grad) of the loss costs less, that: for some tensors, or for all."""
-    plan = make_plan(program, max_bytes)
+    plan = make_plan(program, max_bytes, norms_inside)
     uses = [use for group in plan.groups for use, _ in group.uses]
     if not any(_jaxprs.holds_jaxprs(use.site.eqn) for use in uses):
         return plan  # at most the sums are formed twice

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
-from cg_jax._loss import LossFn
 from cg_jax.ghost import primitives, varying
-from cg_jax.ghost.capture import Nested, Program, Site, Use
+from cg_jax.ghost.capture import Nested, Site, Use
 from cg_jax.ghost.evaluation import differentiated, evaluate, is_var, leading_to, read_all
+from cg_jax.ghost.passes import Pass
 from cg_jax.ghost.plan import GroupPlan
 from cg_jax.ghost.primitives.calls import has_custom_rule
 from cg_jax.ghost.views import path_to, undo
@@ -22,28 +22,27 @@ PyTree = Any
 Trace = tuple[list[jax.Array], list[jax.Array]]
 
 
-def by_sites(program: Program, env: dict[Any, Any], group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
+def by_sites(of: Pass, group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
     """The function of what the group's uses left of one example → its gradients with respect to the group's tensors."""
     views = list({var: None for use, positions in group.uses for p in positions for var in use.variables(p)})
-    widely = _widely(program, env, group, views)
+    widely = _widely(of, group, views)
     if widely is not None:
         return widely
-    _, to_parameters = view_pullback(program, env, group.parameters, views)
+    _, to_parameters = view_pullback(of, group.parameters, views)
 
     def gradient(traces: list[Trace]) -> list[jax.Array]:
         total = {view: varying.zeros(view.aval) for view in views}
         for (use, positions), trace in zip(group.uses, traces, strict=True):
-            for view, part in of_use(use, positions, env, trace):
+            for view, part in of_use(use, positions, of.env, trace):
                 total[view] += part
         return trees.accumulate(to_parameters([total[view] for view in views]))
 
     return gradient
 
 
-def _widely(
-    program: Program, env: dict[Any, Any], group: GroupPlan, views: Sequence[Any]
-) -> Callable[[list[Trace]], list[jax.Array]] | None:
+def _widely(of: Pass, group: GroupPlan, views: Sequence[Any]) -> Callable[[list[Trace]], list[jax.Array]] | None:
     """The gradient of one narrow tensor from entry-by-entry uses, in the accumulator dtype; None for all others."""
+    program, env = of.program, of.env
     (parameter, *more) = group.parameters
     variable = program.parameters[parameter]
     dtype = trees.accumulator_dtype(variable.aval.dtype)
@@ -75,9 +74,10 @@ def _widely(
 
 
 def view_pullback(
-    program: Program, env: dict[Any, Any], parameters: Sequence[int], views: Sequence[Any]
+    of: Pass, parameters: Sequence[int], views: Sequence[Any]
 ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
     """(the values of some views, the function of their cotangents → the gradients by some parameters)."""
+    program, env = of.program, of.env
     if list(views) == [program.parameters[i] for i in parameters]:  # nothing to trace
         return [env[view] for view in views], lambda cotangents: cotangents
     transformed = leading_to(views, program.static)
@@ -99,14 +99,15 @@ def view_pullback(
     return outs, gradients
 
 
-def by_whole_loss(
-    loss: LossFn, leaves: list[jax.Array], structure: Any, group: GroupPlan
-) -> Callable[[Any], list[jax.Array]]:
+def by_whole_loss(of: Pass, group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
     """The function of one example → its gradients with respect to the group's tensors, by the whole (loss, aux)."""
+    leaves, structure = jax.tree.flatten(of.kept)
 
     def gradient(example: PyTree) -> list[jax.Array]:
         # By all tensors, as in jax.grad: a rule may ask which are differentiated. What is not read is not computed.
-        grads, _ = jax.grad(lambda values: loss(jax.tree.unflatten(structure, values), example), has_aux=True)(leaves)
+        grads, _ = jax.grad(lambda values: of.loss(jax.tree.unflatten(structure, values), example), has_aux=True)(
+            leaves
+        )
         return trees.accumulate([grads[i] for i in group.parameters])
 
     return gradient

@@ -90,8 +90,11 @@ def by_whole_loss(program: Program, members: tuple[int, ...], reason: str, max_b
     return dataclasses.replace(group, whole_loss=True)
 
 
-def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
-    """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own."""
+def make_plan(program: Program, max_bytes: int | None = None, norms_inside: bool = True) -> Plan:
+    """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own.
+
+    Where `norms_inside`, norms may be taken inside the backward pass of a scan.
+    """
     limit = bytes_at_once(max_bytes)
     places = uses_by_parameter(program)
     numbers = _numbers(program, places)
@@ -103,7 +106,9 @@ def make_plan(program: Program, max_bytes: int | None = None) -> Plan:
         others = [place for place in of_one if _key(place) not in numbers]
         if not of_one:
             continue
-        inside = None if shared else inline_plan(program, parameter, others, functools.partial(_form, limit), limit)
+        inside = None
+        if norms_inside and not shared:
+            inside = inline_plan(program, parameter, others, functools.partial(_form, limit), limit)
         if inside is not None:
             inline.append(inside)
             continue

@@ -22,8 +22,6 @@ from cg_jax.ghost.chunks import accumulate, in_chunks
 from cg_jax.ghost.product import Product
 
 PyTree = Any
-# What a tensor is asked for: squared norms [B], and the sum over the batch.
-Yield = tuple[jax.Array, jax.Array]
 # Multiplications that a number of G is worth, on a CPU.
 _PER_NUMBER = 20
 _PER_NUMBER_OF_PATCHES = 4
@@ -69,7 +67,7 @@ def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int
     return chunk
 
 
-def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: int) -> Yield:
+def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: int) -> tuple[jax.Array, jax.Array]:
     """(‖AᵀB‖² [B], Σ AᵀB as the view's gradient), both from the same arrays."""
     n, _, d, p = product.dims
     flip = is_faster_flipped(product)

@@ -9,7 +9,7 @@ product. Near an optimum hᵢ and cᵢₖ vₖ may cancel, and rounding, which i
 Where any example's terms cancel, the gradients are built instead.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,56 +17,76 @@ import jax.numpy as jnp
 
 from cg_jax import trees
 from cg_jax.ghost import instances
-from cg_jax.ghost.backward import Traces
-from cg_jax.ghost.capture import Program
+from cg_jax.ghost.passes import ByParameter, Pass, Tensors
 from cg_jax.ghost.plan import RulePlan
-from cg_jax.ghost.products import Yield
+from cg_jax.ghost.tensors import ByGradients
 
 # ‖gᵢ‖² over ‖hᵢ‖² + ‖Σ cᵢₖ vₖ‖², below which too few digits are left.
 _CANCELS = 0.05
 
 
-def add(
-    program: Program,
-    env: dict[Any, Any],
-    tensor: RulePlan,
-    traces: Traces,
-    others: Yield | None,
-    inner: Callable[[jax.Array], jax.Array],
-    exact: Callable[[], jax.Array],
-) -> Yield:
-    """The squared norms and sum of a tensor, those of its numbers added to those of its other uses.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByNumbers:
+    """A tensor that meets the example through numbers, and perhaps through `others`, its other uses."""
 
-    `inner` gives ⟨hᵢ, v⟩ [B] of a direction v, `exact` the squared norms from gradients that are built.
-    """
-    along = _along(program, env, tensor, traces)
-    own = trees.total([c * d * jnp.vdot(v, w) for c, v in along for d, w in along])
-    total = trees.total([c.sum() * v for c, v in along])
-    if others is None:
-        return own, total
-    sq_norms, sum_of_others = others
-    apart = sq_norms + trees.total([jnp.square(c) * jnp.vdot(v, v) for c, v in along])
-    cheap = sq_norms + own + 2 * sum(c * inner(v) for c, v in along)
-    return jax.lax.cond((cheap < _CANCELS * apart).any(), exact, lambda: cheap), sum_of_others + total
+    plan: RulePlan
+    others: Tensors | None
+
+    def sq_norms(self, of: Pass) -> ByParameter:
+        """The formula; where its terms cancel for any example, from gradients that are built."""
+        parameter, numbers = self.plan.parameter, self._numbers(of)
+        own = trees.total([c * d * jnp.vdot(v, w) for c, v in numbers for d, w in numbers])
+        if self.others is None:
+            return {parameter: own}
+        sq_norms = self.others.sq_norms(of)[parameter]
+        apart = sq_norms + trees.total([jnp.square(c) * jnp.vdot(v, v) for c, v in numbers])
+        inner = [c * trees.total(self.others.along(of, {parameter: v})) for c, v in numbers]
+        cheap = sq_norms + own + 2 * sum(inner)
+        return {parameter: jax.lax.cond((cheap < _CANCELS * apart).any(), lambda: self._built(of), lambda: cheap)}
+
+    def sums(self, of: Pass) -> ByParameter:
+        """Σᵢ hᵢ + Σₖ (Σᵢ cᵢₖ) vₖ."""
+        total = trees.total([c.sum() * v for c, v in self._numbers(of)])
+        if self.others is None:
+            return {self.plan.parameter: total}
+        return {self.plan.parameter: self.others.sums(of)[self.plan.parameter] + total}
+
+    def weighted_sums(self, of: Pass, weights: jax.Array) -> ByParameter:
+        """Σᵢ wᵢ hᵢ + Σₖ (Σᵢ wᵢ cᵢₖ) vₖ."""
+        total = trees.total([(c * weights.astype(c.dtype)).sum() * v for c, v in self._numbers(of)])
+        if self.others is None:
+            return {self.plan.parameter: total}
+        return {self.plan.parameter: self.others.weighted_sums(of, weights)[self.plan.parameter] + total}
+
+    def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:
+        """⟨hᵢ, u⟩ + Σₖ cᵢₖ ⟨vₖ, u⟩."""
+        own = [c * jnp.vdot(v, direction[self.plan.parameter]) for c, v in self._numbers(of)]
+        return own if self.others is None else [*own, *self.others.along(of, direction)]
+
+    def _built(self, of: Pass) -> jax.Array:
+        """The squared norms from gradients that are built; in a branch, so that nothing of it is shared."""
+        assert self.plan.exact is not None
+        return ByGradients(self.plan.exact).statistics(of)[0][0]
+
+    def _numbers(self, of: Pass) -> list[tuple[jax.Array, jax.Array]]:
+        """(cᵢₖ [B], vₖ) of every number, in the accumulator dtype."""
+        return of.once(self, lambda: _numbers(of, self.plan))
 
 
-def _along(
-    program: Program, env: dict[Any, Any], tensor: RulePlan, traces: Traces
-) -> list[tuple[jax.Array, jax.Array]]:
-    """(cᵢₖ [B], vₖ) of every number, in the accumulator dtype."""
+def _numbers(of: Pass, tensor: RulePlan) -> list[tuple[jax.Array, jax.Array]]:
     views = list(dict.fromkeys(use.site.eqn.invars[position] for use, position in tensor.numbers))
     cotangents: dict[Any, Any] = dict.fromkeys(views, 0)
     for use, position in tensor.numbers:
 
         def one(trace: Any, use: Any = use, position: int = position) -> jax.Array:
-            ((_, part),) = instances.of_use(use, (position,), env, trace)
+            ((_, part),) = instances.of_use(use, (position,), of.env, trace)
             return part.reshape(())
 
-        cotangents[use.site.eqn.invars[position]] += jax.vmap(one)(traces[use.key])
-    dtype = trees.accumulator_dtype(program.parameters[tensor.parameter].aval.dtype)
-    outs, pull = instances.view_pullback(program, env, (tensor.parameter,), views)
-    found = []
+        cotangents[use.site.eqn.invars[position]] += jax.vmap(one)(of.traces[use.key])
+    dtype = of.dtype(tensor.parameter)
+    outs, pull = instances.view_pullback(of, (tensor.parameter,), views)
+    numbers = []
     for k, view in enumerate(views):
         (v,) = pull([jnp.ones_like(out) if j == k else jnp.zeros_like(out) for j, out in enumerate(outs)])
-        found.append((cotangents[view].astype(dtype), v.astype(dtype)))
-    return found
+        numbers.append((cotangents[view].astype(dtype), v.astype(dtype)))
+    return numbers
