@@ -113,14 +113,14 @@ class Compiled:
         if key not in programs.compiled:
             body, recall = self.body, programs.recall
 
-            def run(*arrays: Any) -> Any:
+            def on_arrays(*arrays: Any) -> Any:
                 return body(recall(), *static, *arrays)
 
-            run.__name__ = run.__qualname__ = body.__name__
+            on_arrays.__name__ = on_arrays.__qualname__ = body.__name__
             is_new = all(compiled is not self for compiled, *_ in programs.compiled)
             for outdated in [each for each in programs.compiled if each[0] is self and each[2] != _epoch]:
                 del programs.compiled[outdated]
-            programs.compiled[key] = jax.jit(run, donate_argnums=tuple(i - self.static - 1 for i in self.donate))
+            programs.compiled[key] = jax.jit(on_arrays, donate_argnums=tuple(i - self.static - 1 for i in self.donate))
             if self.taker and is_new:
                 _count(self.taker, programs.loss_fn, arrays)
         return programs.compiled[key]

@@ -167,14 +167,14 @@ def _number_plan(program: Program, parameter: int, numbers: tuple[Place, ...]) -
     return RulePlan(parameter, (), (), None, "closed", ANY_CHUNK, itemsize)
 
 
-def uses_by_parameter(program: Program) -> dict[int, list[tuple[Use, int]]]:
+def uses_by_parameter(program: Program) -> dict[int, list[Place]]:
     """For every parameter its uses, and the position of the operand that is a view of it."""
-    found: dict[int, list[tuple[Use, int]]] = {i: [] for i in range(len(program.parameters))}
+    places: dict[int, list[Place]] = {i: [] for i in range(len(program.parameters))}
     for use in uses_of(program):
         for position in use.site.views:
             for parameter in _parameters(program, use, position):
-                found[parameter].append((use, position))
-    return found
+                places[parameter].append((use, position))
+    return places
 
 
 def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:

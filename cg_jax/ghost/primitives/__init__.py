@@ -9,11 +9,9 @@ from cg_jax.ghost.primitives import arithmetic, arranging, calls, convolution, l
 from cg_jax.ghost.primitives.base import (
     TABLE,
     Primitive,
-    Pull,
     Read,
     Rule,
     RuleBuilder,
-    Spread,
     Static,
     Step,
     add,
@@ -28,11 +26,9 @@ for _family in (matmul, convolution, lookups, arithmetic, arranging, calls):
 __all__ = [
     "TABLE",
     "Primitive",
-    "Pull",
     "Read",
     "Rule",
     "RuleBuilder",
-    "Spread",
     "Static",
     "Step",
     "named",

@@ -57,11 +57,11 @@ def _reshape(step: Step, factors: Factors, _: Static) -> Factors:
     return Factors(factors.a.reshape(*n, t, *d), factors.b.reshape(*n, t, *p), sides, scale)
 
 
-def _broadcast(step: Step, factors: Factors, _: Static) -> Factors:
+def _broadcast(step: Step, factors: Factors, static: Static) -> Factors:
     """New axes of length one; others would have to be summed."""
     if step.operand.aval.size != step.result.aval.size:
         raise NotSeparableError
-    return _reshape(step, factors, _)
+    return _reshape(step, factors, static)
 
 
 def _rev(step: Step, factors: Factors, _: Static) -> Factors:
