@@ -139,6 +139,11 @@ def _(p, ids):
     return jnp.sin(p["e"][ids]).sum() ** 2
 
 
+@case("embedding, some ids out of range, and a penalty", {"e": _normal(7, 3)}, _ids(-9, 9, B, 6))
+def _(p, ids):
+    return jnp.sin(p["e"][ids]).sum() ** 2 + 0.3 * jnp.square(p["e"]).sum() * ids.sum()
+
+
 @case("scalar and integer parameters", {"s": _normal(), "b": _normal(4), "i": np.arange(3)}, _normal(B, 5, 4))
 def _(p, x):
     return jnp.sum(jnp.exp(jnp.minimum(p["s"] * x + p["b"][None], 1.0))) + p["i"].sum()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
-from cg_jax.ghost import instances, varying
+from cg_jax.ghost import instances, primitives, varying
 from cg_jax.ghost.capture import Use
 from cg_jax.ghost.chunks import accumulate, in_chunks, of_each
 from cg_jax.ghost.evaluation import evaluate, read_all
@@ -108,7 +108,7 @@ class ByNorm:
         return {self.plan.parameter: total.astype(self._dtype(of))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:
-        """By the cotangent times the results at v: the use is linear in the tensor."""
+        """By the cotangent times the result at v: the use is linear in the tensor."""
         ((use, position),) = self.plan.places
         path, parameter = self.plan.paths[0], self.plan.parameter
         if path.length is not None:
@@ -118,13 +118,15 @@ class ByNorm:
             use.site.eqn.invars[position].aval.shape,
             direction[parameter],
         )
-        local = _env_of(of, use)
+        local, transposed = _env_of(of, use), primitives.of(use.site.eqn).transposed
+        changed = {} if transposed is None else transposed(use.site.eqn)
 
         def one(trace: Any) -> jax.Array:
             seen, (cotangent,) = trace
             values = instances.operands_of(use.site, local, seen)
             values[position] = view
-            return jnp.vdot(cotangent.astype(view.dtype), _compat.bind(use.site.eqn, values)[0])
+            result = _compat.bind(use.site.eqn, values, **changed)[0]
+            return jnp.vdot(cotangent.astype(view.dtype), result)
 
         return [jax.vmap(one)(of.traces[use.key])]
 

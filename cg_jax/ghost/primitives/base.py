@@ -83,6 +83,8 @@ class Primitive:
     is_widened: bool = False  # whether it may be done in a wider dtype: sums of cotangents may leave a narrow one
     # Linear in every operand, given the others, so that a gradient does not depend on the operand's own value.
     is_linear: bool = False
+    # Parameters that make the result at v the transpose of the backward pass, where the forward pass is another map.
+    transposed: Callable[[Any], dict[str, Any]] | None = None
 
     # On the way from a parameter to such a place.
     pull: Pull | None = None  # as a sum of products, the gradient of the result becomes that of the operand

@@ -128,7 +128,14 @@ def _pull_gather(step: Step, factors: Factors, static: Static) -> Factors:
     return factors.on(axis, scatter)
 
 
+def _dropping(eqn: Any) -> dict[str, Any]:
+    """The backward pass drops what is out of range, unless clipped; the forward pass fills in or reads elsewhere."""
+    if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+        return {}
+    return {"mode": lax.GatherScatterMode.FILL_OR_DROP, "fill_value": 0}
+
+
 ENTRIES = {
-    "gather": Primitive(rule=gather_rule, pull=_pull_gather, passes=True, is_differentiable=True),
+    "gather": Primitive(rule=gather_rule, transposed=_dropping, pull=_pull_gather, passes=True, is_differentiable=True),
     "dynamic_slice": Primitive(rule=slice_rule, passes=True),
 }

@@ -1,0 +1,70 @@
+"""Weighted sums and alignments of one pass, against a float64 loop, case by case."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from cg_jax import ghost, trees
+
+WEIGHTS = np.linspace(-1.0, 2.0, cases.B)
+KEEP = np.arange(cases.B) % 3 != 1
+
+
+def _numbers(name):
+    case = cases.CASES[name]
+    return case._replace(**dict(zip(("params", "batch"), case.cast(jnp.float32), strict=True))).cast(jnp.float64)
+
+
+def _direction(params):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), trees.partition(params)[0])
+
+
+def _close(got, want, scale):
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=1e-11 * max(scale, 1e-300))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_weighted_sums_and_alignments_are_those_of_the_oracle(name):
+    with jax.enable_x64(True):
+        loss_fn, (params, batch) = cases.CASES[name].loss_fn, _numbers(name)
+        direction = _direction(params)
+        _, grads = oracle.per_example(loss_fn, params, batch)
+
+        @jax.jit
+        def measured(params, batch, keep, weights, direction):
+            of = ghost.one_pass(loss_fn, params, batch, keep, norms_inside=False)
+            return ghost.weighted_sums(of, weights), ghost.alignments(of, direction)
+
+        for keep in (None, jnp.asarray(KEEP, jnp.float32)):
+            kept = np.ones(cases.B) if keep is None else KEEP
+            sums, along = measured(params, batch, keep, jnp.asarray(WEIGHTS), direction)
+            for got, grad in zip(jax.tree.leaves(sums), grads, strict=True):
+                terms = np.einsum("b...,b->b...", grad, WEIGHTS * kept)
+                _close(got, terms.sum(0), np.abs(terms).sum(0).max(initial=0))
+            terms = [
+                grad.reshape(cases.B, -1) @ np.asarray(v).ravel()
+                for grad, v in zip(grads, jax.tree.leaves(direction), strict=True)
+            ]
+            size = np.sqrt(
+                sum(np.square(g).sum() for g in grads) * sum(np.square(v).sum() for v in jax.tree.leaves(direction))
+            )
+            _close(along, sum(terms) * kept, size)
+
+
+def test_one_pass_is_one_forward_and_one_backward_pass():
+    """Norms, sums, weighted sums and alignments share it: the loss is traced as often as for norms alone."""
+    traces = []
+
+    def loss_fn(w, x):
+        traces.append(1)
+        return jnp.tanh(x @ w).sum()
+
+    w, x = jnp.ones((4, 3)), jnp.ones((5, 4))
+    of = ghost.one_pass(loss_fn, w, x)
+    before = len(traces)
+    ghost.sq_norms(of), ghost.sums(of), ghost.weighted_sums(of, jnp.ones(5)), ghost.alignments(of, w)
+    assert len(traces) == before
