@@ -126,7 +126,7 @@ def test_tensor_parallel_sums_keep_the_sharding_and_gather_nothing(kind):
     quarters = sum(p.nbytes for name, p in _params().items() if name != "b2") // 4 + _params()["b2"].nbytes
     assert 0 < programs.moved(found.end) - quarters <= 64
     assert {kind for kind, _ in programs.collectives(found.end)} == {"all-reduce"}
-    sums = found.batch.output_shardings[0].moments.sum_grads
+    sums = found.batch.output_shardings[0].sum_grads
     assert {name: sharding.spec for name, sharding in sums.items()} == {
         name: P("data", *spec) for name, spec in TENSOR_PARALLEL.items()
     }
@@ -143,7 +143,7 @@ def test_parameters_divided_over_the_data_axis_are_gathered_and_their_sums_scatt
     assert programs.moved(found.batch, "all-gather") == divided + FLAGS
     assert programs.moved(found.batch, "reduce-scatter") == divided // 8
     assert programs.moved(found.end) <= 128
-    sums = found.batch.output_shardings[0].moments.sum_grads
+    sums = found.batch.output_shardings[0].sum_grads
     assert sums["w1"].spec == FULLY_SHARDED["w1"]
 
 
