@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 import cg_jax as cg
-from experiments import data
-from experiments.configs import Config
-from experiments.devices import devices
-from experiments.source import Guesses, coherence_of
-from experiments.train import Keys, predict, rows_from
+
+from . import data
+from .configs import Config
+from .devices import devices
+from .examples import Guesses, coherence_of
+from .train import Keys, predict, rows_from
 
 
 class InMemory:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.errors import first_line
+from .errors import first_line
 
 # How many steps one training of a run may have; orders checkpoints by training, then by step.
 _MOST_STEPS = 10**9

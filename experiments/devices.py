@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.configs import Cluster
-from experiments.errors import OF_INPUTS
+from .configs import Cluster
+from .errors import OF_INPUTS
 
 # When a process has not answered for so long, the others end.
 _SECONDS = 20

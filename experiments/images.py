@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 
 import cg_jax as cg
-from experiments import data, models
-from experiments.configs import TFDS, Config
-from experiments.devices import devices
-from experiments.errors import first_line
-from experiments.source import Guesses, coherence_of
-from experiments.train import Keys, epoch_order, steps_per_epoch
+
+from . import data, models
+from .configs import TFDS, Config
+from .devices import devices
+from .errors import first_line
+from .examples import Guesses, coherence_of
+from .train import Keys, epoch_order, steps_per_epoch
 
 # The shorter side before the crop, over that of the crop: 256 to 224.
 _MARGIN = 8 / 7

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import cg_jax as cg
-from experiments import models
-from experiments.devices import devices
+from . import models
+from .devices import devices
+from .methods import METHODS
 
 
 class Keys(NamedTuple):
@@ -30,21 +30,6 @@ class Keys(NamedTuple):
         return cls(*jax.random.split(jax.random.key(seed), 4))
 
 
-class Method(NamedTuple):
-    """How the gradients of mini-batches become a step."""
-
-    label: str
-    groups: int  # mini-batches in one step, each with its own gradient
-    transform: Callable[[], optax.GradientTransformation]
-
-
-METHODS = {
-    "sgd": Method("SGD", 1, optax.identity),
-    "mean3": Method("mean of 3 (control)", 3, lambda: cg.stacked(cg.mean())),
-    "m3": Method("M3, median of 3", 3, lambda: cg.stacked(cg.median())),
-    "rm3": Method("RM3, rolling median", 1, cg.rm3),
-    "ra3": Method("RA3, rolling mean", 1, cg.ra3),
-}
 # Every method takes a whole number of steps in an epoch and sees the same examples.
 EPOCH_UNIT = 3
 

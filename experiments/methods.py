@@ -1,0 +1,32 @@
+"""METHODS: how the gradients of mini-batches become a step. A new method is one entry."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+import cg_jax as cg
+
+from .line import Line
+
+
+class Method(NamedTuple):
+    """A way to train."""
+
+    line: Line
+    groups: int  # mini-batches in one step, each with its own gradient: 1 or 3 (see train.EPOCH_UNIT)
+    transform: Callable[[], optax.GradientTransformation]  # of one gradient, or of `groups` stacked ones
+
+    @property
+    def label(self) -> str:
+        """What figures and tables call it."""
+        return self.line.label
+
+
+METHODS: dict[str, Method] = {
+    "sgd": Method(Line("SGD", "black"), 1, optax.identity),
+    "mean3": Method(Line("mean of 3 (control)", "tab:gray", "--"), 3, lambda: cg.stacked(cg.mean())),
+    "m3": Method(Line("M3, median of 3", "tab:blue"), 3, lambda: cg.stacked(cg.median())),
+    "rm3": Method(Line("RM3, rolling median", "tab:cyan"), 1, cg.rm3),
+    "ra3": Method(Line("RA3, rolling mean", "tab:orange", "--"), 1, cg.ra3),
+}
