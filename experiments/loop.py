@@ -1,8 +1,10 @@
 """The loop of all experiments: train, measure when it is to be measured, save, and go on where it stopped."""
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +15,7 @@ from tqdm.auto import tqdm
 
 from . import arrays, models
 from .checkpoint import Position
+from .checks import check
 from .configs import TFDS, Config, how_measured
 from .devices import devices, together, writes
 from .errors import first_line
@@ -31,6 +34,7 @@ class Training(NamedTuple):
     noise: tuple[float, float]  # shares of the labels of the training and the test sample that are redrawn
     measure: Callable[[Examples, nn.Module, Any], Row]  # of parameters
     shown: Callable[[Row], dict[str, str]]  # beside the bar
+    changes: Mapping[str, Any] = MappingProxyType({})  # options of the config that this training has otherwise
 
 
 class Problem(NamedTuple):
@@ -96,15 +100,34 @@ def opened(config: Config) -> Problem:
 
 def train_all(config: Config, problem: Problem, folder: RunFolder, trainings: Sequence[Training]) -> None:
     """All trainings, one after another, from where the folder's last checkpoint stands."""
+    differing = _differing(config, problem, trainings)
     position, leaves = _position(folder)
     clock = Clock(position.seconds)
     for part, training in enumerate(trainings[position.part :], position.part):
         step = position.step if part == position.part else -1
-        _train(config, folder, problem, training, Position(part, step, 0, clock.seconds), leaves)
+        own, its_problem = differing[_key(training)]
+        _train(own, folder, its_problem, training, Position(part, step, 0, clock.seconds), leaves)
         leaves = None
     if writes():
         print(f"\n{how_measured(config)}")
         print(f"Time of {folder.path.name}: {clock}.")
+
+
+def _key(training: Training) -> frozenset[tuple[str, Any]]:
+    return frozenset(training.changes.items())
+
+
+def _differing(
+    config: Config, problem: Problem, trainings: Sequence[Training]
+) -> dict[frozenset[tuple[str, Any]], tuple[Config, Problem]]:
+    """The config and the problem of every training, by its changes; checked before any is begun."""
+    out = {frozenset[tuple[str, Any]](): (config, problem)}
+    for training in trainings:
+        if _key(training) not in out:
+            own = dataclasses.replace(config, **training.changes)
+            check(own)
+            out[_key(training)] = own, opened(own)
+    return out
 
 
 def _open(config: Config) -> Data:
