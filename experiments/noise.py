@@ -143,7 +143,6 @@ def _table(table: pd.DataFrame, when: str) -> Table:
     return Table(_WHEN[when], heads, tuple(out), note)
 
 
-_PAIRS = (("m3", "sgd"), ("m3", "mean3"), ("rm3", "sgd"), ("rm3", "ra3"))
 # When, which quantity, its predicted sign, and the statement.
 _COMPARISONS = (
     ("learnt", "corrupt", -1, "With 90% of the pristine learnt, {a} has memorised fewer corrupt examples than {b}."),
@@ -156,9 +155,11 @@ def claims(table: pd.DataFrame) -> list[Result]:
     """Whether each robust method is better than its rivals."""
     out: list[Result] = []
     seeds, found = table["seed"].nunique(), {when: moments(table, when) for when in _WHEN}
-    for robust, other in (pair for pair in _PAIRS if set(table["method"]).issuperset(pair)):
+    methods = set(table["method"])
+    pairs = [(name, rival) for name, method in METHODS.items() for rival in method.rivals if methods >= {name, rival}]
+    for robust, other in pairs:
         for when, key, sign, template in _COMPARISONS:
-            statement = template.format(a=robust.upper(), b=METHODS[other].label)
+            statement = template.format(a=METHODS[robust].short, b=METHODS[other].label)
             quantity = f"accuracy on {QUANTITIES[key]}, {robust} less {other}"
             claim = Claim(statement, quantity, "points", 1 if sign > 0 else -1)
             mine, theirs = _of(robust, found[when], seeds), _of(other, found[when], seeds)
@@ -211,8 +212,9 @@ def section(config: NoiseConfig, rows: list[Row], folder: Path) -> Section:
     values = {"data": config.data, "model": config.model, "lr": config.learning_rate, "batch": config.batch_size}
     share = rows[0]["corrupt_share"] if rows else float("nan")
     text = tuple(part.format(**values, noise=config.noise, share=share) for part in (*_TEXT, how_measured(config)))
-    found = tuple(claims(table)) if rows and complete else ()
-    tables = tuple(_table(table, when) for when in _WHEN) if found else ()
+    found, tables = (), ()
+    if rows and complete:
+        found, tables = tuple(claims(table)), tuple(_table(table, when) for when in _WHEN)
     return Section(config.name, "SGD against medians under label noise", text, found, tables, pictures)
 
 

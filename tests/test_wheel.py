@@ -82,7 +82,7 @@ def test_a_smoke_test_from_the_wheel_prepares_its_images(installed, tmp_path):
 
 
 def test_without_the_extra_the_command_says_what_to_install(installed, tmp_path):
-    folder, environment = installed
+    _, environment = installed
     script = "import sys; sys.modules['tyro'] = None; import cg_jax_experiments; cg_jax_experiments.command()"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
