@@ -14,7 +14,7 @@ class Method(NamedTuple):
     """A way to train."""
 
     line: Line
-    groups: int  # mini-batches in one step, each with its own gradient: 1 or 3 (see train.EPOCH_UNIT)
+    groups: int  # mini-batches in one step, each with its own gradient; divides train.EPOCH_UNIT
     transform: Callable[[], optax.GradientTransformation]  # of one gradient, or of `groups` stacked ones
     rivals: tuple[str, ...] = ()  # the methods that it is claimed to be better than, its control among them
 

@@ -65,6 +65,8 @@ class Trainer(NamedTuple):
 def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) -> Trainer:
     """The trainer of a method, compiled once for all seeds."""
     groups = METHODS[method].groups
+    if EPOCH_UNIT % groups:
+        raise ValueError(f"Expected groups of {method} to divide {EPOCH_UNIT}, got groups={groups}.")
     rows_per_step = groups * recipe.batch_size
     per_epoch = steps_per_epoch(num_examples, rows_per_step, recipe.batch_size)
     drops = {per_epoch * epoch: 0.1 for epoch in recipe.decay_at}
