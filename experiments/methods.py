@@ -33,6 +33,6 @@ METHODS: dict[str, Method] = {
     "sgd": Method(Line("SGD", "black"), 1, optax.identity),
     "mean3": Method(Line("mean of 3 (control)", "tab:gray", "--"), 3, lambda: cg.stacked(cg.mean())),
     "m3": Method(Line("M3, median of 3", "tab:blue"), 3, lambda: cg.stacked(cg.median()), ("sgd", "mean3")),
-    "rm3": Method(Line("RM3, rolling median", "tab:cyan"), 1, cg.rm3, ("sgd", "ra3")),
+    "rm3": Method(Line("RM3, rolling median", "tab:cyan", "-."), 1, cg.rm3, ("sgd", "ra3")),
     "ra3": Method(Line("RA3, rolling mean", "tab:orange", "--"), 1, cg.ra3),
 }

@@ -44,7 +44,7 @@ def write(folder: Path, title: str, parts: Sequence[tuple[Path, Section]], *, co
     for path, section in parts:
         body += _section(path, section)
     for path, section in parts:
-        body.append(f"<h2>How it was made: {html.escape(section.name)}</h2>")
+        body.append(f"<h2>Configuration and environment: {html.escape(section.name)}</h2>")
         for name in ("config.json", "env.json"):
             text = html.escape((path / name).read_text(encoding="utf-8"))
             body.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
