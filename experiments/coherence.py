@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from . import figures, loop
 from .claims import Claim, Result, with_spread
-from .configs import Config, Hidden, how_measured
+from .configs import Config, Hidden, described
 from .examples import Examples
 from .experiment import Experiment
 from .line import Line
@@ -104,7 +104,7 @@ ByLabels = dict[str, pd.DataFrame]
 
 def at_equal_loss(table: pd.DataFrame, sample: str) -> ByLabels:
     """r at the training losses that every run reached."""
-    found = {
+    r = {
         labels: pd.DataFrame(
             {
                 seed: [r_at_loss(run, sample, loss) for loss in _LOSSES]
@@ -114,7 +114,7 @@ def at_equal_loss(table: pd.DataFrame, sample: str) -> ByLabels:
         )
         for labels in LINES
     }
-    return _common(found)
+    return _common(r)
 
 
 def at_equal_epoch(table: pd.DataFrame, sample: str) -> ByLabels:
@@ -122,13 +122,14 @@ def at_equal_epoch(table: pd.DataFrame, sample: str) -> ByLabels:
     return _common({labels: by_seed(table[table["labels"] == labels], f"{sample}/r") for labels in LINES})
 
 
-def _common(found: ByLabels) -> ByLabels:
-    """The points where neither kind of labels lacks a seed."""
-    both = pd.concat(found, axis=1, join="inner").dropna()
-    return {labels: pd.DataFrame(both[labels]) for labels in found}
+def _common(r: ByLabels) -> ByLabels:
+    """The seeds that both kinds of labels have, at the points where none of them lacks a number."""
+    seeds = r["real"].columns.intersection(r["random"].columns)
+    both = pd.concat({labels: part[seeds] for labels, part in r.items()}, axis=1, join="inner").dropna()
+    return {labels: pd.DataFrame(both[labels]) for labels in r}
 
 
-def _start(sample: str, found: ByLabels) -> Result:
+def _start(sample: str, r: ByLabels) -> Result:
     claim = Claim(
         f"At the start, before any training, r of real labels is above r of random ones on the {SAMPLES[sample]}.",
         f"m-coherence r of the {SAMPLES[sample]} at epoch 0, real labels over random ones",
@@ -136,12 +137,12 @@ def _start(sample: str, found: ByLabels) -> Result:
         1,
         "ratio",
     )
-    if 0.0 not in found["real"].index:
+    if 0.0 not in r["real"].index:
         return claim.judged(pd.Series(dtype=float), detail="No run was measured at its start.")
-    return claim.compared(found["real"].T[0.0], found["random"].T[0.0])
+    return claim.compared(r["real"].T[0.0], r["random"].T[0.0])
 
 
-def _throughout(sample: str, against: str, found: ByLabels) -> Result:
+def _throughout(sample: str, against: str, r: ByLabels) -> Result:
     """Whether r of real labels is above that of random ones at every point: by the least ratio of each seed."""
     claim = Claim(
         f"On the {SAMPLES[sample]}, r of real labels is above r of random ones at every common {against}.",
@@ -150,7 +151,7 @@ def _throughout(sample: str, against: str, found: ByLabels) -> Result:
         1,
         "ratio",
     )
-    ratios = found["real"] / found["random"]
+    ratios = r["real"] / r["random"]
     if ratios.empty:
         return claim.judged(pd.Series(dtype=float), detail=f"The runs have no {against} in common.")
     return claim.judged(ratios.min(), detail=_where(ratios))
@@ -250,9 +251,9 @@ def section(config: CoherenceConfig, rows: list[Row], folder: Path) -> Section:
             Figure("per_tensor.png", "r of each tensor, or module, on the training sample; geometric mean over seeds."),
         )
     values = {"data": config.data, "model": config.model, "lr": config.learning_rate, "batch": config.batch_size}
-    text = tuple(part.format(**values, **counts) for part in (*_TEXT, how_measured(config)))
-    found, tables = (tuple(claims(table)), (_table(table),)) if both else ((), ())
-    return Section(config.name, "Real against random labels", text, found, tables, pictures)
+    text = tuple(part.format(**values, **counts) for part in (*_TEXT, described(config)))
+    results, tables = (tuple(claims(table)), (_table(table),)) if both else ((), ())
+    return Section(config.name, "Real against random labels", text, results, tables, pictures)
 
 
 _CAPTION = (

@@ -163,7 +163,7 @@ def smoked(config: Config) -> Config:
     return dataclasses.replace(config, data="digits", data_dir=None, **sizes, epochs=2, seeds=min(config.seeds, 3))
 
 
-def how_measured(config: Config) -> str:
+def described(config: Config) -> str:
     """How coherence was measured, in a sentence or two."""
     batch_norm = MODELS[config.model].batch_norm
     if config.estimator == "batch":

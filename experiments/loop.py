@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from . import arrays, models
 from .checkpoint import Position
 from .checks import check
-from .configs import TFDS, Config, how_measured
+from .configs import TFDS, Config, described
 from .devices import devices, together, writes
 from .errors import first_line
 from .examples import Data, Examples
@@ -109,7 +109,7 @@ def train_all(config: Config, problem: Problem, folder: RunFolder, trainings: Se
         _train(own, folder, its_problem, training, Position(part, step, 0, clock.seconds), leaves)
         leaves = None
     if writes():
-        print(f"\n{how_measured(config)}")
+        print(f"\n{described(config)}")
         print(f"Time of {folder.path.name}: {clock}.")
 
 
@@ -147,8 +147,8 @@ def _open(config: Config) -> Data:
 
 def _position(folder: RunFolder) -> tuple[Position, list[np.ndarray] | None]:
     """Where to begin, which the first process knows, and its state; the others know how far, and no leaves."""
-    found = together(folder.restore, lambda: None)
-    position, leaves = found or (Position(0, -1, 0, {}), None)
+    restored = together(folder.restore, lambda: None)
+    position, leaves = restored or (Position(0, -1, 0, {}), None)
     if jax.process_count() > 1:
         part, step = multihost_utils.broadcast_one_to_all(np.array(position[:2], np.int32))
         position = position._replace(part=int(part), step=int(step))

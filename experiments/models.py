@@ -164,8 +164,8 @@ def training_loss_of(model: nn.Module) -> Callable[[Any, Any], tuple[jax.Array, 
 
     def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
         images, labels = batch
-        logits, statistics = model.apply(_fixed(params), as_input(images), train=True, mutable=["batch_stats"])
-        return _cross_entropy(logits, labels).mean(), dict(statistics)
+        logits, averages = model.apply(_fixed(params), as_input(images), train=True, mutable=["batch_stats"])
+        return _cross_entropy(logits, labels).mean(), dict(averages)
 
     return loss_fn
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from . import figures, loop
 from .claims import Claim, Result, with_spread
-from .configs import Config, Hidden, MethodNames, how_measured
+from .configs import Config, Hidden, MethodNames, described
 from .examples import Examples
 from .experiment import Experiment
 from .methods import METHODS
@@ -113,26 +113,26 @@ def moments(table: pd.DataFrame, when: str) -> pd.DataFrame:
     """
     runs = ["method", "seed"]
     if when == "best":
-        found = table.loc[table.groupby(runs)["test"].idxmax()]
+        rows = table.loc[table.groupby(runs)["test"].idxmax()]
     elif when == "last":
-        found = table.groupby(runs).tail(1)
+        rows = table.groupby(runs).tail(1)
     else:
-        found = table[table["pristine"] >= _LEARNT].groupby(runs).head(1)
-    return found.set_index(runs)
+        rows = table[table["pristine"] >= _LEARNT].groupby(runs).head(1)
+    return rows.set_index(runs)
 
 
-def _of(method: str, found: pd.DataFrame, seeds: int) -> pd.DataFrame | None:
+def _of(method: str, at_moment: pd.DataFrame, seeds: int) -> pd.DataFrame | None:
     """The lines of a method by seed, or None unless every seed has one."""
-    if method not in found.index.get_level_values("method"):
+    if method not in at_moment.index.get_level_values("method"):
         return None
-    lines = pd.DataFrame(found.loc[method])
+    lines = pd.DataFrame(at_moment.loc[method])
     return lines if len(lines) == seeds else None
 
 
 def _table(table: pd.DataFrame, when: str) -> Table:
-    found, seeds, out = moments(table, when), table["seed"].nunique(), []
+    at_moment, seeds, out = moments(table, when), table["seed"].nunique(), []
     for name in table["method"].unique():
-        label, lines = METHODS[name].label, _of(name, found, seeds)
+        label, lines = METHODS[name].label, _of(name, at_moment, seeds)
         if lines is None:
             out.append((label, "not reached", *("" for _ in range(len(QUANTITIES) + 1))))
             continue
@@ -154,7 +154,7 @@ _COMPARISONS = (
 def claims(table: pd.DataFrame) -> list[Result]:
     """Whether each robust method is better than its rivals."""
     out: list[Result] = []
-    seeds, found = table["seed"].nunique(), {when: moments(table, when) for when in _WHEN}
+    seeds, at_moments = table["seed"].nunique(), {when: moments(table, when) for when in _WHEN}
     methods = set(table["method"])
     pairs = [(name, rival) for name, method in METHODS.items() for rival in method.rivals if methods >= {name, rival}]
     for robust, other in pairs:
@@ -162,7 +162,7 @@ def claims(table: pd.DataFrame) -> list[Result]:
             statement = template.format(a=METHODS[robust].short, b=METHODS[other].label)
             quantity = f"accuracy on {QUANTITIES[key]}, {robust} less {other}"
             claim = Claim(statement, quantity, "points", 1 if sign > 0 else -1)
-            mine, theirs = _of(robust, found[when], seeds), _of(other, found[when], seeds)
+            mine, theirs = _of(robust, at_moments[when], seeds), _of(other, at_moments[when], seeds)
             if mine is None or theirs is None:
                 out.append(claim.judged(pd.Series(dtype=float), detail="Not every run reached that point."))
                 continue
@@ -211,11 +211,11 @@ def section(config: NoiseConfig, rows: list[Row], folder: Path) -> Section:
         pictures = (Figure("noise.png", _CAPTION.format(seeds=config.seeds)),)
     values = {"data": config.data, "model": config.model, "lr": config.learning_rate, "batch": config.batch_size}
     share = rows[0]["corrupt_share"] if rows else float("nan")
-    text = tuple(part.format(**values, noise=config.noise, share=share) for part in (*_TEXT, how_measured(config)))
-    found, tables = (), ()
+    text = tuple(part.format(**values, noise=config.noise, share=share) for part in (*_TEXT, described(config)))
+    results, tables = (), ()
     if rows and complete:
-        found, tables = tuple(claims(table)), tuple(_table(table, when) for when in _WHEN)
-    return Section(config.name, "SGD against medians under label noise", text, found, tables, pictures)
+        results, tables = tuple(claims(table)), tuple(_table(table, when) for when in _WHEN)
+    return Section(config.name, "SGD against medians under label noise", text, results, tables, pictures)
 
 
 _CAPTION = (

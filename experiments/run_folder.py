@@ -68,17 +68,17 @@ class RunFolder:
 
     def restore(self) -> tuple[Position, list[np.ndarray]] | None:
         """(how far the last checkpoint is, the leaves of its state), metrics.jsonl cut back to it."""
-        found = self._checkpoints.restore(self._metrics.stat().st_size)
-        size = found[0].metrics_bytes if found else 0
+        restored = self._checkpoints.restore(self._metrics.stat().st_size)
+        size = restored[0].metrics_bytes if restored else 0
         try:
             self.rows = [json.loads(line) for line in self._metrics.read_bytes()[:size].splitlines()]
         except ValueError as error:
             what = f"a damaged one ({error}): name another folder"
             raise ValueError(f"Expected {self._metrics} as an earlier run wrote it, got {what}.") from None
         os.truncate(self._metrics, size)
-        if found and found[0].step >= 0:
-            print(f"Going on from step {found[0].step} of training {found[0].part + 1}.", file=sys.stderr)
-        return found
+        if restored and restored[0].step >= 0:
+            print(f"Going on from step {restored[0].step} of training {restored[0].part + 1}.", file=sys.stderr)
+        return restored
 
 
 def new_folder(name: str) -> Path:

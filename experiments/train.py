@@ -80,12 +80,12 @@ def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) ->
 
     def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array | None) -> State:
         batches = (images, labels) if rows is None else (images[rows], labels[rows])
-        grads, statistics = gradient(state.params, batches)
+        grads, averages = gradient(state.params, batches)
         if recipe.weight_decay:
             grads = {**grads, "params": _decayed(grads["params"], state.params["params"], recipe.weight_decay)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return State({**params, **statistics}, opt_state)
+        return State({**params, **averages}, opt_state)
 
     return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), rows_per_step, per_epoch)
 
@@ -112,8 +112,8 @@ def _gradient(model: nn.Module, groups: int) -> Callable[[Any, Any], tuple[Any, 
     def gradient(params: Any, batches: Any) -> tuple[Any, dict[str, Any]]:
         if groups == 1:
             return of_one(params, jax.tree.map(lambda leaf: leaf[0], batches))
-        grads, statistics = jax.lax.map(lambda batch: of_one(params, batch), batches)
-        return grads, jax.tree.map(lambda leaf: leaf.mean(0), statistics)
+        grads, averages = jax.lax.map(lambda batch: of_one(params, batch), batches)
+        return grads, jax.tree.map(lambda leaf: leaf.mean(0), averages)
 
     return gradient
 
