@@ -15,8 +15,7 @@ import tyro
 
 import cg_jax as cg
 from benchmarks.timing import alternate, machine
-from experiments import models
-from experiments.configs import ImageNetCoherenceConfig, ImageNetNoiseConfig
+from experiments import imagenet, models
 from experiments.images import decoded
 from experiments.loop import measured_at
 from experiments.train import Recipe, steps_per_epoch, trainer
@@ -98,7 +97,7 @@ def reading(image_size: int, seconds: float = 2.0) -> float:
 def hours(per_second: dict[str, float]) -> dict[str, float]:
     """Of the two experiments on 8 such devices, one seed, where reading keeps up and devices do not wait."""
     found = {}
-    for config, runs, samples in ((ImageNetCoherenceConfig(), 2, 2), (ImageNetNoiseConfig(), 3, 1)):
+    for config, runs, samples in ((imagenet.COHERENCE.config, 2, 2), (imagenet.NOISE.config, 3, 1)):
         images = steps_per_epoch(_TRAIN, config.batch_size, config.batch_size) * config.batch_size
         trained = runs * config.epochs * images / per_second["training"]
         times = len(measured_at(images // config.batch_size, config))

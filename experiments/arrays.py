@@ -8,31 +8,32 @@ import jax
 import numpy as np
 
 import cg_jax as cg
-from experiments import data
-from experiments.configs import Config
-from experiments.devices import devices
-from experiments.source import Guesses, coherence_of
-from experiments.train import Keys, predict, rows_from
+
+from . import data
+from .configs import Config
+from .devices import devices
+from .examples import Guesses, coherence_of
+from .train import Keys, predict, rows_from
 
 
 class InMemory:
     """A data set in the memory of the host."""
 
     def __init__(self, config: Config) -> None:
-        found = data.load(config.data, folder=config.data_dir, num_train=config.num_train, num_test=config.num_test)
-        self._config, self._data = config, found
-        self.num_train, self.num_classes = len(found.train_labels), found.num_classes
-        self.image_shape = found.train_images.shape[1:]
-        self.measured = {"train": self.num_train, "test": len(found.test_labels)}
+        loaded = data.load(config.data, folder=config.data_dir, num_train=config.num_train, num_test=config.num_test)
+        self._config, self._data = config, loaded
+        self.num_train, self.num_classes = len(loaded.train_labels), loaded.num_classes
+        self.image_shape = loaded.train_images.shape[1:]
+        self.measured = {"train": self.num_train, "test": len(loaded.test_labels)}
 
     def noisy(self, keys: Keys, train: float, test: float) -> "OnDevices":
         """Copies on all devices."""
-        found = self._data
-        labels = data.corrupt(keys.noise, found.train_labels, train, self.num_classes)
-        test_labels = data.corrupt(keys.test_noise, found.test_labels, test, self.num_classes)
+        loaded = self._data
+        labels = data.corrupt(keys.noise, loaded.train_labels, train, self.num_classes)
+        test_labels = data.corrupt(keys.test_noise, loaded.test_labels, test, self.num_classes)
         samples = {
-            "train": (found.train_images, labels, found.train_labels),
-            "test": (found.test_images, test_labels, found.test_labels),
+            "train": (loaded.train_images, labels, loaded.train_labels),
+            "test": (loaded.test_images, test_labels, loaded.test_labels),
         }
         return OnDevices(self._config, keys, samples)
 
@@ -64,5 +65,5 @@ class OnDevices:
     def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
         """Coherence of the whole sample, and predictions on it."""
         batch_size = self._batch_size(sample)
-        found = coherence_of(self._config, model, params, self._there[sample], batch_size=batch_size)
-        return found, self.guess(sample, model, params)
+        coherence = coherence_of(self._config, model, params, self._there[sample], batch_size=batch_size)
+        return coherence, self.guess(sample, model, params)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.errors import first_line
+from .errors import first_line
 
 # How many steps one training of a run may have; orders checkpoints by training, then by step.
 _MOST_STEPS = 10**9
@@ -85,8 +85,8 @@ class Checkpoints:
         damaged: list[int] = []
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self._read(number)
-                if found[0].metrics_bytes > metrics_bytes:
+                whole = self._read(number)
+                if whole[0].metrics_bytes > metrics_bytes:
                     raise ValueError("metrics.jsonl is shorter than it was then")
             except Exception as error:  # whatever a damaged file makes the reader say
                 print(f"Checkpoint {number} is damaged: {first_line(error)}", file=sys.stderr)
@@ -97,7 +97,7 @@ class Checkpoints:
             for each in damaged:
                 shutil.rmtree(self._folder / str(each))
             self._manager.reload()
-            return found
+            return whole
         if damaged or metrics_bytes:
             what = f"measurements in {self._folder.parent} and no whole checkpoint"
             raise FileExistsError(f"Expected a run that can go on, got {what}: name another folder, or delete that.")
@@ -127,11 +127,11 @@ class Checkpoints:
 
 def _digest(folder: Path) -> str:
     """Of the names and the contents of all files of a checkpoint."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_DIGEST)):
-        found.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        found.update(path.read_bytes())
-    return found.hexdigest()
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def require_space(folder: Path, state_bytes: int) -> None:

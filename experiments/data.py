@@ -1,15 +1,17 @@
-"""Data sets by name, and label noise."""
+"""DATASETS by name, and label noise. A new data set that fits the memory of a device is one entry."""
 
 import gzip
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.errors import first_line
+from .errors import first_line
+from .line import Line
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -34,14 +36,13 @@ def load(
         ValueError: Fewer examples than were asked for, or damaged files.
         OSError: The files of fashion_mnist are not there or cannot be read; says what to do.
     """
-    loaders = {"mnist5k": _mnist5k, "digits": _digits, "fashion_mnist": lambda: _fashion_mnist(folder)}
-    data = loaders[name]()
-    for option, number, there in (
+    data = DATASETS[name].load(folder)
+    for option, number, available in (
         ("num_train", num_train, len(data.train_labels)),
         ("num_test", num_test, len(data.test_labels)),
     ):
-        if number is not None and number > there:
-            raise ValueError(f"Expected {option} <= {there}, the size of {name}, got {option}={number}.")
+        if number is not None and number > available:
+            raise ValueError(f"Expected {option} <= {available}, the size of {name}, got {option}={number}.")
     return data._replace(
         train_images=data.train_images[:num_train],
         train_labels=data.train_labels[:num_train],
@@ -157,3 +158,18 @@ def _fashion_mnist_from_tfds() -> list[np.ndarray]:
             "--data-dir, or install that package, or the extra tfds."
         ) from None
     return arrays
+
+
+class DatasetEntry(NamedTuple):
+    """A data set that the experiments know by name."""
+
+    line: Line
+    load: Callable[[Path | None], Dataset]  # of data_dir
+    reads_folder: bool = False  # whether data_dir means anything to it
+
+
+DATASETS: dict[str, DatasetEntry] = {
+    "mnist5k": DatasetEntry(Line("MNIST, 5,000", "tab:blue"), lambda _: _mnist5k()),
+    "digits": DatasetEntry(Line("digits, 8 × 8", "tab:orange", "--"), lambda _: _digits()),
+    "fashion_mnist": DatasetEntry(Line("Fashion-MNIST", "tab:green", "-."), _fashion_mnist, reads_folder=True),
+}

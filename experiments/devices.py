@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.configs import Cluster
-from experiments.errors import OF_INPUTS
+from .configs import Cluster
+from .errors import OF_INPUTS
 
 # When a process has not answered for so long, the others end.
 _SECONDS = 20
@@ -156,7 +156,7 @@ class Devices:
         return jax.device_put(rows, NamedSharding(self.mesh, P(*[None] * axis, "data")))
 
     def assemble(self, tree: Any, axis: int = 0) -> Any:
-        """Arrays whose rows, here those of this process, lie behind those of the processes before it; divided."""
+        """Arrays whose rows, here those of this process, follow those of the processes before it; divided."""
         if self.mesh is None or jax.process_count() == 1:
             return jax.tree.map(lambda rows: self.spread(rows, axis), tree)
         sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))

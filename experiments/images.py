@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 
 import cg_jax as cg
-from experiments import data, models
-from experiments.configs import TFDS, Config
-from experiments.devices import devices
-from experiments.errors import first_line
-from experiments.source import Guesses, coherence_of
-from experiments.train import Keys, epoch_order, steps_per_epoch
+
+from . import data, models
+from .configs import TFDS, Config
+from .devices import devices
+from .errors import first_line
+from .examples import Guesses, coherence_of
+from .train import Keys, epoch_order, steps_per_epoch
 
 # The shorter side before the crop, over that of the crop: 256 to 224.
 _MARGIN = 8 / 7
@@ -138,8 +139,8 @@ def _check_sizes(config: Config) -> None:
         return
     for name in ("batch_size", "measure_batch_size"):
         if getattr(config, name) % jax.device_count():
-            found = f"{jax.device_count()} devices of {jax.process_count()} processes"
-            raise ValueError(f"Expected {name} to be divisible by the {found}, got {name}={getattr(config, name)}.")
+            divisor = f"{jax.device_count()} devices of {jax.process_count()} processes"
+            raise ValueError(f"Expected {name} to be divisible by the {divisor}, got {name}={getattr(config, name)}.")
 
 
 class Images:
@@ -214,8 +215,8 @@ class Streamed:
         batch_size = self._config.measure_batch_size // processes
         return numbers, min(batch_size, share) if processes == 1 else batch_size
 
-    def _seen(self, sample: str, model: nn.Module, params: Any, found: list[Guesses]) -> Iterator[tuple[Any, Any]]:
-        """The batches of a sample; what the network says of each is added to `found`."""
+    def _seen(self, sample: str, model: nn.Module, params: Any, guesses: list[Guesses]) -> Iterator[tuple[Any, Any]]:
+        """The batches of a sample; what the network says of each is added to `guesses`."""
         numbers, batch_size = self._sample(sample)
         predict = models.predictor(model)
         for images, labels, true in self._rows(sample, numbers, 0, batch_size):
@@ -223,20 +224,20 @@ class Streamed:
             whole = [np.concatenate([part, np.repeat(part[-1:], missing, 0)]) for part in (images, labels, true)]
             there, *both = devices().assemble(tuple(whole))
             parts = jax.device_get(devices().replicate((predict(params, there), *both)))
-            found.append(Guesses(*(part.reshape(-1, batch_size)[:, : len(labels)].ravel() for part in parts)))
+            guesses.append(Guesses(*(part.reshape(-1, batch_size)[:, : len(labels)].ravel() for part in parts)))
             yield images, labels
 
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
         """Predictions on the sample."""
-        found: list[Guesses] = []
-        for _ in self._seen(sample, model, params, found):
+        guesses: list[Guesses] = []
+        for _ in self._seen(sample, model, params, guesses):
             pass
-        return Guesses(*map(np.concatenate, zip(*found, strict=True)))
+        return Guesses(*map(np.concatenate, zip(*guesses, strict=True)))
 
     def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
         """Coherence of the sample, and predictions on it, in one reading."""
-        found: list[Guesses] = []
+        guesses: list[Guesses] = []
         processes, (_, batch_size) = jax.process_count(), self._sample(sample)
-        seen = self._seen(sample, model, params, found)
+        seen = self._seen(sample, model, params, guesses)
         coherence = coherence_of(self._config, model, params, seen, batch_size=processes * batch_size)
-        return coherence, Guesses(*map(np.concatenate, zip(*found, strict=True)))
+        return coherence, Guesses(*map(np.concatenate, zip(*guesses, strict=True)))

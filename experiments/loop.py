@@ -1,8 +1,10 @@
 """The loop of all experiments: train, measure when it is to be measured, save, and go on where it stopped."""
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,14 +13,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from experiments import arrays, models, source
-from experiments.checkpoint import Position
-from experiments.configs import TFDS, CoherenceConfig, Config, NoiseConfig, how_measured
-from experiments.devices import devices, together, writes
-from experiments.errors import first_line
-from experiments.run import RunFolder
-from experiments.section import Row
-from experiments.train import EPOCH_UNIT, Keys, Recipe, State, trainer
+from . import arrays, models
+from .checkpoint import Position
+from .checks import check
+from .configs import TFDS, Config, described
+from .devices import devices, together, writes
+from .errors import first_line
+from .examples import Data, Examples
+from .run_folder import RunFolder
+from .section import Row
+from .train import EPOCH_UNIT, Keys, Recipe, State, trainer
 
 
 class Training(NamedTuple):
@@ -28,14 +32,15 @@ class Training(NamedTuple):
     marks: dict[str, Any]  # what its rows are told apart by; the seed is one of them
     method: str
     noise: tuple[float, float]  # shares of the labels of the training and the test sample that are redrawn
-    measure: Callable[[source.Examples, nn.Module, Any], Row]  # of parameters
+    measure: Callable[[Examples, nn.Module, Any], Row]  # of parameters
     shown: Callable[[Row], dict[str, str]]  # beside the bar
+    changes: Mapping[str, Any] = MappingProxyType({})  # options of the config that this training has otherwise
 
 
 class Problem(NamedTuple):
     """What is trained on what."""
 
-    data: source.Source
+    data: Data
     model: nn.Module
 
 
@@ -79,13 +84,11 @@ def opened(config: Config) -> Problem:
     if data.num_train < least:
         what = f"{EPOCH_UNIT} mini-batches of batch_size={config.batch_size}"
         raise ValueError(f"Expected at least {least} training examples, {what}, got {data.num_train}.")
-    samples = ("train", "test") if isinstance(config, CoherenceConfig) else ("train",)
-    smallest = min(data.measured[sample] for sample in samples)
+    smallest = min(data.measured[sample] for sample in config.samples)
     if config.estimator == "batch" and smallest < 2 * config.measure_batch_size:
         what = f"2 batches of measure_batch_size={config.measure_batch_size} to measure on with estimator batch"
         raise ValueError(f"Expected at least {what}, got {smallest} examples in a sample.")
-    if isinstance(config, NoiseConfig) and not round(config.noise * data.num_train):
-        raise ValueError(f"Expected noise to be a label or more of {data.num_train}, got noise={config.noise}.")
+    config.check_size(data.num_train)
     model = models.build(config.model, config.width, config.depth, data.num_classes)
     try:
         jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *data.image_shape), np.float32))
@@ -95,20 +98,39 @@ def opened(config: Config) -> Problem:
     return Problem(data, model)
 
 
-def run(config: Config, problem: Problem, folder: RunFolder, trainings: Sequence[Training]) -> None:
+def train_all(config: Config, problem: Problem, folder: RunFolder, trainings: Sequence[Training]) -> None:
     """All trainings, one after another, from where the folder's last checkpoint stands."""
+    differing = _differing(config, problem, trainings)
     position, leaves = _position(folder)
     clock = Clock(position.seconds)
     for part, training in enumerate(trainings[position.part :], position.part):
         step = position.step if part == position.part else -1
-        _train(config, folder, problem, training, Position(part, step, 0, clock.seconds), leaves)
+        own, its_problem = differing[_key(training)]
+        _train(own, folder, its_problem, training, Position(part, step, 0, clock.seconds), leaves)
         leaves = None
     if writes():
-        print(f"\n{how_measured(config)}")
+        print(f"\n{described(config)}")
         print(f"Time of {folder.path.name}: {clock}.")
 
 
-def _open(config: Config) -> source.Source:
+def _key(training: Training) -> frozenset[tuple[str, Any]]:
+    return frozenset(training.changes.items())
+
+
+def _differing(
+    config: Config, problem: Problem, trainings: Sequence[Training]
+) -> dict[frozenset[tuple[str, Any]], tuple[Config, Problem]]:
+    """The config and the problem of every training, by its changes; checked before any is begun."""
+    out = {frozenset[tuple[str, Any]](): (config, problem)}
+    for training in trainings:
+        if _key(training) not in out:
+            own = dataclasses.replace(config, **training.changes)
+            check(own)
+            out[_key(training)] = own, opened(own)
+    return out
+
+
+def _open(config: Config) -> Data:
     """The data set that the config names."""
     if config.data_dir is not None and not config.data_dir.is_dir():
         what = "which is no folder" if config.data_dir.exists() else "which does not exist"
@@ -116,7 +138,7 @@ def _open(config: Config) -> source.Source:
     if not config.data.startswith(TFDS):
         return arrays.InMemory(config)
     try:
-        from experiments.images import Images
+        from .images import Images
 
         return Images(config)
     except ImportError as error:
@@ -125,8 +147,8 @@ def _open(config: Config) -> source.Source:
 
 def _position(folder: RunFolder) -> tuple[Position, list[np.ndarray] | None]:
     """Where to begin, which the first process knows, and its state; the others know how far, and no leaves."""
-    found = together(folder.restore, lambda: None)
-    position, leaves = found or (Position(0, -1, 0, {}), None)
+    restored = together(folder.restore, lambda: None)
+    position, leaves = restored or (Position(0, -1, 0, {}), None)
     if jax.process_count() > 1:
         part, step = multihost_utils.broadcast_one_to_all(np.array(position[:2], np.int32))
         position = position._replace(part=int(part), step=int(step))

@@ -1,15 +1,16 @@
-"""Small classifiers in Flax linen, all models by name, and their losses."""
+"""Small classifiers in Flax linen, MODELS by name, and their losses. A new model is one entry."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.networks import ResNet50, ViT
+from .line import Line
+from .networks import ResNet50, ViT
 
 # Of the red, green and blue of ImageNet's training images, in [0, 1].
 _MEAN = (0.485, 0.456, 0.406)
@@ -85,23 +86,35 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes)(x.mean((1, 2)))
 
 
+class Network(NamedTuple):
+    """A kind of network."""
+
+    line: Line
+    build: Callable[..., nn.Module]  # of num_classes, and of width and depth where they are given
+    depths: tuple[int, ...] | None = None  # that it can have; () where it has no such option, None where any will do
+    batch_norm: bool = False
+
+
+def _resnet50(norm: str, depth: int | None = None, **options: Any) -> nn.Module:
+    if depth is not None:
+        options["blocks"] = (depth,) * 4
+    return ResNet50(norm=norm, **options)
+
+
+MODELS: dict[str, Network] = {
+    "mlp": Network(Line("MLP", "tab:blue"), MLP),
+    "cnn": Network(Line("CNN", "tab:orange", "--"), CNN, depths=()),
+    "resnet": Network(Line("ResNet, GroupNorm", "tab:green", "-."), ResNet, depths=(8, 18)),
+    "resnet50": Network(Line("ResNet-50", "tab:red"), functools.partial(_resnet50, "batch"), batch_norm=True),
+    "resnet50_gn": Network(Line("ResNet-50, GroupNorm", "tab:purple", "--"), functools.partial(_resnet50, "group")),
+    "vit_s16": Network(Line("ViT-S/16", "tab:brown", ":"), ViT),
+}
+
+
 def build(name: str, width: int | None, depth: int | None, num_classes: int) -> nn.Module:
     """The model called `name`; None stands for its default."""
-    kind, fixed = KINDS[name]
-    options: dict[str, Any] = {"width": width, "depth": depth}
-    if kind is ResNet50:
-        options = {"width": width, "blocks": None if depth is None else (depth,) * 4}
-    return kind(num_classes=num_classes, **fixed, **{key: value for key, value in options.items() if value is not None})
-
-
-KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "mlp": (MLP, {}),
-    "cnn": (CNN, {}),
-    "resnet": (ResNet, {}),
-    "resnet50": (ResNet50, {"norm": "batch"}),
-    "resnet50_gn": (ResNet50, {"norm": "group"}),
-    "vit_s16": (ViT, {}),
-}
+    sizes = {key: value for key, value in (("width", width), ("depth", depth)) if value is not None}
+    return MODELS[name].build(num_classes=num_classes, **sizes)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -151,8 +164,8 @@ def training_loss_of(model: nn.Module) -> Callable[[Any, Any], tuple[jax.Array, 
 
     def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
         images, labels = batch
-        logits, statistics = model.apply(_fixed(params), as_input(images), train=True, mutable=["batch_stats"])
-        return _cross_entropy(logits, labels).mean(), dict(statistics)
+        logits, averages = model.apply(_fixed(params), as_input(images), train=True, mutable=["batch_stats"])
+        return _cross_entropy(logits, labels).mean(), dict(averages)
 
     return loss_fn
 

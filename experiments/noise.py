@@ -1,18 +1,23 @@
 """SGD against medians of mini-batches when a part of the labels is wrong."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
+import pandas as pd
 
-from experiments import figures, loop
-from experiments.configs import NoiseConfig, how_measured
-from experiments.run import RunFolder
-from experiments.section import Claim, Figure, Row, Section, Table, number, seeds_of, select, with_spread
-from experiments.source import Examples
-from experiments.train import METHODS
+from . import figures, loop
+from .claims import Claim, Result, with_spread
+from .configs import Config, Hidden, MethodNames, described
+from .examples import Examples
+from .experiment import Experiment
+from .methods import METHODS
+from .run_folder import RunFolder
+from .section import Figure, Row, Section, Table, curve, frame
 
-# What is measured, and how it is called. Each is a share of examples.
+# What is measured, and what tables call it. Each is a share of examples.
 QUANTITIES = {
     "pristine": "pristine examples",
     "corrupt": "corrupt examples, as labelled",
@@ -23,11 +28,44 @@ QUANTITIES = {
 _LEARNT = 0.9
 
 
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig(Config):
+    """SGD against medians of mini-batches when a part of the labels is wrong.
+
+    `noise`: mnist5k, half of the labels redrawn, MLP 784-512-512-10; about 3 minutes on 2 CPU cores for one seed.
+    Expect SGD to memorise nearly all wrong labels, and M3 to learn the right ones first.
+    """
+
+    name: Hidden = "noise"
+    samples = ("train",)
+
+    noise: float = 0.5
+    """Share of the labels that are redrawn uniformly from all classes; some draws hit the true class."""
+    methods: MethodNames = ("sgd", "mean3", "m3", "rm3", "ra3")
+    """What is compared: sgd; m3, the median of 3 mini-batches, and mean3, its control; rm3, the median of the last 3
+    gradients, and ra3, its control."""
+
+    def check(self) -> None:
+        """ValueError where noise or methods are wrong."""
+        if not 0 < self.noise < 1:
+            raise ValueError(f"Expected 0 < noise < 1, got noise={self.noise}.")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"Expected methods to be different ones, at least one, got methods={self.methods}.")
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"Expected methods in {(*METHODS,)}, got {method}.")
+
+    def check_size(self, num_train: int) -> None:
+        """ValueError where not one label would be redrawn."""
+        if not round(self.noise * num_train):
+            raise ValueError(f"Expected noise to be a label or more of {num_train}, got noise={self.noise}.")
+
+
 def measure(config: NoiseConfig, problem: loop.Problem, folder: RunFolder) -> None:
     """Train by every method, seed by seed, and measure on the way."""
     seeds = range(config.seed, config.seed + config.seeds)
     trainings = [_training(method, seed, config.noise) for seed in seeds for method in config.methods]
-    loop.run(config, problem, folder, trainings)
+    loop.train_all(config, problem, folder, trainings)
 
 
 def _training(method: str, seed: int, noise: float) -> loop.Training:
@@ -42,10 +80,10 @@ def _training(method: str, seed: int, noise: float) -> loop.Training:
 
 
 def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
-    (found, train), test = examples.measure("train", model, params), examples.guess("test", model, params)
+    (coherence, train), test = examples.measure("train", model, params), examples.guess("test", model, params)
     row: Row = {"test": float((test.guess == test.labels).mean())}
     row |= _shares(train.guess, train.labels, train.true)
-    row |= {"loss": float(found.loss), "r": float(found.m_coherence)}
+    row |= {"loss": float(coherence.loss), "r": float(coherence.m_coherence)}
     return row | {"gap": row["train"] - row["test"], "chance": 1 / model.num_classes}
 
 
@@ -61,23 +99,6 @@ def _shares(guess: np.ndarray, labels: np.ndarray, true: np.ndarray) -> dict[str
     }
 
 
-def moment(run: list[Row], when: str) -> Row | None:
-    """The row of one run at its best test epoch, its last, or the first with 90% of the pristine learnt, if any."""
-    if when == "best":
-        return max(run, key=lambda row: row["test"])
-    if when == "last":
-        return run[-1]
-    return next((row for row in run if row["pristine"] >= _LEARNT), None)
-
-
-def _moments(rows: list[Row], method: str, when: str) -> list[Row] | None:
-    """One row for each seed, or None unless every seed has one."""
-    runs = [select(rows, method=method, seed=seed) for seed in seeds_of(rows)]
-    found = [moment(run, when) for run in runs if run]
-    complete = [row for row in found if row is not None]
-    return complete if len(complete) == len(runs) else None
-
-
 _WHEN = {
     "best": "At the epoch of the best test accuracy",
     "last": "At the last epoch",
@@ -85,82 +106,124 @@ _WHEN = {
 }
 
 
-def _table(rows: list[Row], when: str) -> Table:
-    lines = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        method = METHODS[name]
-        found = _moments(rows, name, when)
-        if found is None:
-            lines.append((method.label, "not reached", *("" for _ in range(len(QUANTITIES) + 1))))
+def moments(table: pd.DataFrame, when: str) -> pd.DataFrame:
+    """The line of every run at its best test epoch, its last, or the first with 90% of the pristine learnt, if any.
+
+    Indexed by method and seed.
+    """
+    runs = ["method", "seed"]
+    if when == "best":
+        rows = table.loc[table.groupby(runs)["test"].idxmax()]
+    elif when == "last":
+        rows = table.groupby(runs).tail(1)
+    else:
+        rows = table[table["pristine"] >= _LEARNT].groupby(runs).head(1)
+    return rows.set_index(runs)
+
+
+def _of(method: str, at_moment: pd.DataFrame, seeds: int) -> pd.DataFrame | None:
+    """The lines of a method by seed, or None unless every seed has one."""
+    if method not in at_moment.index.get_level_values("method"):
+        return None
+    lines = pd.DataFrame(at_moment.loc[method])
+    return lines if len(lines) == seeds else None
+
+
+def _table(table: pd.DataFrame, when: str) -> Table:
+    at_moment, seeds, out = moments(table, when), table["seed"].nunique(), []
+    for name in table["method"].unique():
+        label, lines = METHODS[name].label, _of(name, at_moment, seeds)
+        if lines is None:
+            out.append((label, "not reached", *("" for _ in range(len(QUANTITIES) + 1))))
             continue
-        epochs = with_spread([row["epoch"] for row in found], "{:.1f}")
-        cells = [with_spread([100 * number(row, key) for row in found], "{:.1f}") for key in QUANTITIES]
-        lines.append((method.label, epochs, with_spread([row["loss"] for row in found], "{:.2f}"), *cells))
+        cells = [with_spread(100 * lines[key], "{:.1f}") for key in QUANTITIES]
+        out.append((label, with_spread(lines["epoch"], "{:.1f}"), with_spread(lines["loss"], "{:.2f}"), *cells))
     note = "The epoch is chosen by test accuracy: an upper bound that no practitioner has." if when == "best" else ""
     heads = ("method", "epoch", "training loss [nats]", *(f"{text} [%]" for text in QUANTITIES.values()))
-    return Table(_WHEN[when], heads, tuple(lines), note)
+    return Table(_WHEN[when], heads, tuple(out), note)
 
 
-_PAIRS = (("m3", "sgd"), ("m3", "mean3"), ("rm3", "sgd"), ("rm3", "ra3"))
-# When, which quantity, whether less of it is better, and how it is said.
+# When, which quantity, its predicted sign, and the statement.
 _COMPARISONS = (
-    ("learnt", "corrupt", True, "With 90% of the pristine learnt, {a} has memorised fewer corrupt examples than {b}."),
-    ("last", "test", False, "At the last epoch {a} has a higher test accuracy than {b}."),
-    ("best", "test", False, "At its best epoch {a} has a higher test accuracy than {b}."),
+    ("learnt", "corrupt", -1, "With 90% of the pristine learnt, {a} has memorised fewer corrupt examples than {b}."),
+    ("last", "test", 1, "At the last epoch {a} has a higher test accuracy than {b}."),
+    ("best", "test", 1, "At its best epoch {a} has a higher test accuracy than {b}."),
 )
 
 
-def _claims(rows: list[Row]) -> list[Claim]:
-    """Whether each robust method is better than its rivals, in every seed."""
-    claims = []
-    methods = {row["method"] for row in rows}
-    for robust, other in (pair for pair in _PAIRS if methods.issuperset(pair)):
-        for when, key, lower, template in _COMPARISONS:
-            text = template.format(a=robust.upper(), b=METHODS[other].label)
-            mine, theirs = _moments(rows, robust, when), _moments(rows, other, when)
+def claims(table: pd.DataFrame) -> list[Result]:
+    """Whether each robust method is better than its rivals."""
+    out: list[Result] = []
+    seeds, at_moments = table["seed"].nunique(), {when: moments(table, when) for when in _WHEN}
+    methods = set(table["method"])
+    pairs = [(name, rival) for name, method in METHODS.items() for rival in method.rivals if methods >= {name, rival}]
+    for robust, other in pairs:
+        for when, key, sign, template in _COMPARISONS:
+            statement = template.format(a=METHODS[robust].short, b=METHODS[other].label)
+            quantity = f"accuracy on {QUANTITIES[key]}, {robust} less {other}"
+            claim = Claim(statement, quantity, "points", 1 if sign > 0 else -1)
+            mine, theirs = _of(robust, at_moments[when], seeds), _of(other, at_moments[when], seeds)
             if mine is None or theirs is None:
-                claims.append(Claim(text, None, "Not every run reached that point."))
+                out.append(claim.judged(pd.Series(dtype=float), detail="Not every run reached that point."))
                 continue
-            pairs = [(100 * number(a, key), 100 * number(b, key)) for a, b in zip(mine, theirs, strict=True)]
-            wins = sum(a < b if lower else a > b for a, b in pairs)
-            a, b = (with_spread(values, "{:.1f}") for values in zip(*pairs, strict=True))
-            claims.append(Claim(text, wins == len(pairs), f"{a}% against {b}%; so in {wins} of {len(pairs)} seed(s)."))
-    return claims
+            wins = (sign * (mine[key] - theirs[key]) > 0).sum()
+            detail = f"So in {wins} of {seeds} seed(s)."
+            out.append(claim.compared(100 * mine[key], 100 * theirs[key], "{:.1f}%", detail))
+    return out
 
 
-def section(config: NoiseConfig, folder: RunFolder) -> Section:
+_PANELS = (
+    ("pristine", "accuracy on pristine examples"),
+    ("corrupt", "accuracy on corrupt examples,\nas labelled (memorised)"),
+    ("corrupt_true", "accuracy on corrupt examples,\ntrue label"),
+    ("test", "test accuracy"),
+    ("gap", "generalisation gap\n(training as labelled − test)"),
+    ("loss", "training loss [nats]"),
+)
+
+
+def _draw(table: pd.DataFrame, path: Path) -> None:
+    """Accuracies and the gap against epochs, one line for each method."""
+    figure, axes = figures.grid(2, 3)
+    for ax, (key, label) in zip(axes.flat, _PANELS, strict=True):
+        for method in table["method"].unique():
+            figures.band(ax, curve(table[table["method"] == method], key), METHODS[method].line)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(label)
+        if key == "loss":
+            ax.set_ylim(bottom=0)
+        else:
+            figures.percent_axis(ax)
+        if key not in ("loss", "gap"):
+            figures.chance(ax, table["chance"].iloc[0])
+    figures.legend(figure, axes[0, 0])
+    figures.save(figure, path)
+
+
+def section(config: NoiseConfig, rows: list[Row], folder: Path) -> Section:
     """The claims, the tables and the figures that follow from what was measured."""
-    rows = folder.rows
-    complete = {(row["method"], row["seed"]) for row in rows} >= {
-        (m, s) for m in config.methods for s in seeds_of(rows)
-    }
-    share = rows[0]["corrupt_share"] if rows else float("nan")
-    pictures = ()
+    table = frame(rows)
+    runs = {(row["method"], row["seed"]) for row in rows}
+    complete = runs >= {(method, seed) for method in config.methods for _, seed in runs}
+    pictures: tuple[Figure, ...] = ()
     if rows:
-        figures.noise(rows, folder.figures / "noise.png")
+        _draw(table, folder / "noise.png")
         pictures = (Figure("noise.png", _CAPTION.format(seeds=config.seeds)),)
-    text = tuple(
-        part.format(
-            data=config.data,
-            model=config.model,
-            noise=config.noise,
-            share=share,
-            lr=config.learning_rate,
-            batch=config.batch_size,
-        )
-        for part in (*_TEXT, how_measured(config))
-    )
-    claims = tuple(_claims(rows)) if rows and complete else ()
-    tables = tuple(_table(rows, when) for when in _WHEN) if claims else ()
-    return Section("noise", "SGD against medians under label noise", text, claims, tables, pictures)
+    values = {"data": config.data, "model": config.model, "lr": config.learning_rate, "batch": config.batch_size}
+    share = rows[0]["corrupt_share"] if rows else float("nan")
+    text = tuple(part.format(**values, noise=config.noise, share=share) for part in (*_TEXT, described(config)))
+    results, tables = (), ()
+    if rows and complete:
+        results, tables = tuple(claims(table)), tuple(_table(table, when) for when in _WHEN)
+    return Section(config.name, "SGD against medians under label noise", text, results, tables, pictures)
 
 
 _CAPTION = (
     "Accuracy against epochs: on training examples whose label is right (pristine), on those whose label was "
     "changed (corrupt), counted by the wrong label they carry and by the true one, and on the test set; and the "
     "generalisation gap, training accuracy as labelled less test accuracy. A good method is high on pristine, "
-    "true and test, and low on corrupt as labelled. Lines are means over {seeds} seed(s), bands one standard "
-    "deviation; the dashed line is chance."
+    "true and test, and low on corrupt as labelled. Lines are means over {seeds} seed(s), bands their 95% "
+    "intervals; the dotted line is chance."
 )
 _TEXT = (
     "A share of {noise:.0%} of the training labels ({data}) is replaced by classes drawn uniformly, which leaves "
@@ -172,3 +235,5 @@ _TEXT = (
     " not the batch size's. RM3 and RA3 take the median and the mean of the last three gradients, at every mini-"
     "batch.",
 )
+
+EXPERIMENT = Experiment(NoiseConfig(), measure, section)

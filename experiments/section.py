@@ -1,26 +1,15 @@
-"""What an experiment has to say: claims, tables and figures, and the arithmetic over seeds that they share."""
+"""What an experiment has to say: claims, tables and figures; and its measurements as a table."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
+
+from .claims import Result, interval
 
 Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A statement of the theory, and whether the data just measured bear it out."""
-
-    text: str
-    holds: bool | None  # None: not enough was measured to say
-    detail: str
-
-    @property
-    def verdict(self) -> str:
-        """yes, no, or not measured."""
-        return {True: "yes", False: "no", None: "not measured"}[self.holds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,48 +37,37 @@ class Section:
     name: str
     title: str
     paragraphs: tuple[str, ...]
-    claims: tuple[Claim, ...]
+    claims: tuple[Result, ...]
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
 
 
-def seeds_of(rows: Iterable[Row]) -> list[int]:
-    """The seeds that occur, in order."""
-    return sorted({row["seed"] for row in rows})
+def frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line for each measurement in the order of steps, columns such as "train/r"; NaN where none was finite."""
+    table = pd.json_normalize([*rows], sep="/")
+    return table.sort_values("step", kind="stable", ignore_index=True) if len(table) else table
 
 
-def select(rows: Iterable[Row], **where: Any) -> list[Row]:
-    """The rows whose fields equal those given, in the order of steps."""
-    found = [row for row in rows if all(row[name] == value for name, value in where.items())]
-    return sorted(found, key=lambda row: row["step"])
+def by_seed(table: pd.DataFrame, column: str, index: str = "epoch") -> pd.DataFrame:
+    """A column as [index, seed], at the values of `index` that all seeds reached; of one training for each seed."""
+    complete = table.groupby(index)["seed"].nunique() == table["seed"].nunique()
+    wide = table.pivot(index=index, columns="seed", values=column).astype(float)
+    return wide[complete]
 
 
-def number(row: Row, path: str | tuple[str, ...]) -> float:
-    """The number at a path such as "train/r" or ("train", "r"); NaN where it was not finite."""
-    value: Any = row
-    for part in path.split("/") if isinstance(path, str) else path:
-        value = value[part]
-    return float("nan") if value is None else float(value)
+class Curve(NamedTuple):
+    """A mean over seeds along training, with the ends of its 95% interval (NaN for one seed)."""
+
+    epoch: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; 0 for one seed."""
-    array = np.asarray(values, np.float64)
-    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
-
-
-def curve(rows: Iterable[Row], path: str | tuple[str, ...], **where: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(epochs, means, standard deviations over seeds) of a quantity, at the checkpoints that all seeds reached."""
-    runs = [select(rows, seed=seed, **where) for seed in seeds_of(select(rows, **where))]
-    length = min((len(run) for run in runs), default=0)
-    values = np.array([[number(row, path) for row in run[:length]] for run in runs]).reshape(len(runs), length)
-    epochs = np.array([row["epoch"] for row in runs[0][:length]]) if runs else np.zeros(0)
-    deviation = values.std(0, ddof=1) if len(runs) > 1 else np.zeros(length)
-    return epochs, values.mean(0) if runs else np.zeros(0), deviation
-
-
-def with_spread(values: Sequence[float], form: str = "{:.3g}") -> str:
-    """The mean ± the deviation, or the one value, as text."""
-    mean, deviation = spread(values)
-    text = form.format(mean)
-    return f"{text} ± {form.format(deviation)}" if len(values) > 1 else text
+def curve(table: pd.DataFrame, column: str, *, log: bool = False) -> Curve:
+    """The curve of a column; with `log` a geometric mean and the interval of the logarithms, for logarithmic axes."""
+    wide = by_seed(table, column)
+    values = wide.to_numpy().T
+    with np.errstate(all="ignore"):
+        ends = interval(np.log(values) if log else values)
+        return Curve(wide.index.to_numpy(float), *(np.exp(end) if log else end for end in ends))

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import cg_jax as cg
-from experiments import models
-from experiments.devices import devices
+from . import models
+from .devices import devices
+from .methods import METHODS
 
 
 class Keys(NamedTuple):
@@ -30,21 +30,6 @@ class Keys(NamedTuple):
         return cls(*jax.random.split(jax.random.key(seed), 4))
 
 
-class Method(NamedTuple):
-    """How the gradients of mini-batches become a step."""
-
-    label: str
-    groups: int  # mini-batches in one step, each with its own gradient
-    transform: Callable[[], optax.GradientTransformation]
-
-
-METHODS = {
-    "sgd": Method("SGD", 1, optax.identity),
-    "mean3": Method("mean of 3 (control)", 3, lambda: cg.stacked(cg.mean())),
-    "m3": Method("M3, median of 3", 3, lambda: cg.stacked(cg.median())),
-    "rm3": Method("RM3, rolling median", 1, cg.rm3),
-    "ra3": Method("RA3, rolling mean", 1, cg.ra3),
-}
 # Every method takes a whole number of steps in an epoch and sees the same examples.
 EPOCH_UNIT = 3
 
@@ -80,6 +65,8 @@ class Trainer(NamedTuple):
 def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) -> Trainer:
     """The trainer of a method, compiled once for all seeds."""
     groups = METHODS[method].groups
+    if EPOCH_UNIT % groups:
+        raise ValueError(f"Expected groups of {method} to divide {EPOCH_UNIT}, got groups={groups}.")
     rows_per_step = groups * recipe.batch_size
     per_epoch = steps_per_epoch(num_examples, rows_per_step, recipe.batch_size)
     drops = {per_epoch * epoch: 0.1 for epoch in recipe.decay_at}
@@ -93,12 +80,12 @@ def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) ->
 
     def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array | None) -> State:
         batches = (images, labels) if rows is None else (images[rows], labels[rows])
-        grads, statistics = gradient(state.params, batches)
+        grads, averages = gradient(state.params, batches)
         if recipe.weight_decay:
             grads = {**grads, "params": _decayed(grads["params"], state.params["params"], recipe.weight_decay)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return State({**params, **statistics}, opt_state)
+        return State({**params, **averages}, opt_state)
 
     return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), rows_per_step, per_epoch)
 
@@ -125,8 +112,8 @@ def _gradient(model: nn.Module, groups: int) -> Callable[[Any, Any], tuple[Any, 
     def gradient(params: Any, batches: Any) -> tuple[Any, dict[str, Any]]:
         if groups == 1:
             return of_one(params, jax.tree.map(lambda leaf: leaf[0], batches))
-        grads, statistics = jax.lax.map(lambda batch: of_one(params, batch), batches)
-        return grads, jax.tree.map(lambda leaf: leaf.mean(0), statistics)
+        grads, averages = jax.lax.map(lambda batch: of_one(params, batch), batches)
+        return grads, jax.tree.map(lambda leaf: leaf.mean(0), averages)
 
     return gradient
 

@@ -9,7 +9,8 @@ import pytest
 from idx import NAMES, write_fashion_mnist, write_idx
 
 from experiments import data
-from experiments.train import METHODS, Keys, epoch_rows
+from experiments.methods import METHODS
+from experiments.train import Keys, epoch_rows
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from processes import free_port, outputs, running
 
-from experiments import checks, configs, devices
+from experiments import checks, devices
 from experiments.__main__ import main
+from experiments.noise import NoiseConfig
 
 SMALL = [
     "--data",
@@ -175,7 +176,7 @@ def test_sigterm_ends_all_processes(tmp_path):
 )
 def test_what_tells_of_other_processes_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        checks.check(configs.NoiseConfig(**options))
+        checks.check(NoiseConfig(**options))
 
 
 def test_a_wrong_cluster_is_one_line_on_the_terminal(capsys):

@@ -12,10 +12,12 @@ import pytest
 from processes import free_port, outputs, running
 
 from benchmarks.kills import ENVIRONMENT
-from experiments.__main__ import _folder, main
-from experiments.configs import CoherenceConfig, DemoConfig
+from experiments.__main__ import main
+from experiments.coherence import CoherenceConfig
+from experiments.demo import DemoConfig
 from experiments.lock import LOCK, locked
-from experiments.run import new_folder, require_usable
+from experiments.run_folder import new_folder, require_usable
+from experiments.runner import folder_of
 
 SMALL = ["--data", "digits", "--width", "16", "--batch-size", "20", "--save-every", "20"]
 LOCKED = "Expected out to be a folder that no other run writes to, got out="
@@ -83,14 +85,14 @@ def test_a_run_of_several_processes_gets_one_line_too(tmp_path):
 def test_the_folders_of_a_demos_parts_are_locked_with_it(tmp_path, capsys):
     config = DemoConfig(epochs=500, seeds=1, width=8, out=tmp_path)
     with contextlib.ExitStack() as locks:
-        assert _folder(config, config.parts(), locks) == tmp_path
+        assert folder_of(config, config.parts(), locks) == tmp_path
         with contextlib.ExitStack() as others, pytest.raises(BlockingIOError, match=f"{LOCKED}{tmp_path}; wait"):
-            _folder(config, config.parts(), others)
+            folder_of(config, config.parts(), others)
         _check_refused(["noise", *SMALL], tmp_path / "noise", capsys)
         assert [path.name for path in (tmp_path / "noise").iterdir()] == [LOCK]
     refused = pytest.raises(BlockingIOError, match=f"{LOCKED}{tmp_path / 'coherence'}; wait")
     with contextlib.ExitStack() as locks, locked(tmp_path / "coherence"), refused:  # a run of one part alone
-        _folder(config, config.parts(), locks)
+        folder_of(config, config.parts(), locks)
 
 
 def test_of_runs_that_start_at_once_one_gets_the_folder(tmp_path):
@@ -101,7 +103,7 @@ def test_of_runs_that_start_at_once_one_gets_the_folder(tmp_path):
         start.wait()
         with contextlib.ExitStack() as locks:
             try:
-                _folder(config, (config,), locks)
+                folder_of(config, (config,), locks)
             except BlockingIOError as error:
                 refused.append(error)
             end.wait()

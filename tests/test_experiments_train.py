@@ -8,7 +8,8 @@ import pytest
 
 import cg_jax as cg
 from experiments import devices, models
-from experiments.train import METHODS, Recipe, predict, trainer
+from experiments.methods import METHODS
+from experiments.train import Recipe, predict, trainer
 
 BATCH, RATE = 4, 0.5
 

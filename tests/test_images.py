@@ -20,7 +20,7 @@ import cg_jax as cg
 from benchmarks.kills import ENVIRONMENT
 from experiments import data, models
 from experiments.__main__ import main
-from experiments.configs import CoherenceConfig
+from experiments.coherence import CoherenceConfig
 from experiments.images import Images, Order, decoded
 from experiments.train import Keys, epoch_rows, predict
 

@@ -47,7 +47,7 @@ def test_the_rule_that_the_engines_page_shows_is_right():
 def test_its_command_lines_are_understood(line):
     import tyro
 
-    from experiments.__main__ import Choice
+    from experiments.__main__ import choice
 
-    config = tyro.cli(Choice, args=line.split())
+    config = tyro.cli(choice(), args=line.split())
     assert config.seeds == 5

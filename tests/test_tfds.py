@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.kills import ENVIRONMENT
 from experiments.__main__ import main
-from experiments.configs import CoherenceConfig
+from experiments.coherence import CoherenceConfig
 from experiments.images import Images
 
 pytestmark = pytest.mark.slow

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.checkpoint import Checkpoints, Position
-from experiments.configs import Cluster
-from experiments.devices import writes
-from experiments.lock import LOCK
+from .checkpoint import Checkpoints, Position
+from .configs import Cluster, RunConfig
+from .devices import writes
+from .lock import LOCK
 
-_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
 
 # Options that change no result: a run can go on with others.
 _FREE = ("data_dir", "read_threads", "save_every")
@@ -36,7 +36,7 @@ class RunFolder:
     Every line is written whole. Of several processes only the first writes.
     """
 
-    def __init__(self, path: Path, config: Any) -> None:
+    def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
         self.figures = path / "figures"
         self.rows: list[dict[str, Any]] = []
@@ -68,17 +68,17 @@ class RunFolder:
 
     def restore(self) -> tuple[Position, list[np.ndarray]] | None:
         """(how far the last checkpoint is, the leaves of its state), metrics.jsonl cut back to it."""
-        found = self._checkpoints.restore(self._metrics.stat().st_size)
-        size = found[0].metrics_bytes if found else 0
+        restored = self._checkpoints.restore(self._metrics.stat().st_size)
+        size = restored[0].metrics_bytes if restored else 0
         try:
             self.rows = [json.loads(line) for line in self._metrics.read_bytes()[:size].splitlines()]
         except ValueError as error:
             what = f"a damaged one ({error}): name another folder"
             raise ValueError(f"Expected {self._metrics} as an earlier run wrote it, got {what}.") from None
         os.truncate(self._metrics, size)
-        if found and found[0].step >= 0:
-            print(f"Going on from step {found[0].step} of training {found[0].part + 1}.", file=sys.stderr)
-        return found
+        if restored and restored[0].step >= 0:
+            print(f"Going on from step {restored[0].step} of training {restored[0].part + 1}.", file=sys.stderr)
+        return restored
 
 
 def new_folder(name: str) -> Path:
@@ -92,7 +92,7 @@ def new_folder(name: str) -> Path:
     raise AssertionError
 
 
-def require_usable(out: Path, config: Any) -> None:
+def require_usable(out: Path, config: RunConfig) -> None:
     """Check that a folder is new, empty, or that of an earlier run of the same config, which will be gone on with.
 
     Raises:
@@ -100,7 +100,9 @@ def require_usable(out: Path, config: Any) -> None:
         ValueError: It holds a run of another config.
     """
     if (out / "config.json").is_file():
-        old, new = _config_of(out), plain(config)
+        new = plain(config)
+        # An option that was not there yet had the value that is its default now.
+        old = _defaults(config) | config_of(out)
         for key in new | old:
             if key not in _FREE and old.get(key) != new.get(key):
                 change = f"{key}={new.get(key)} where it was begun with {key}={old.get(key)}"
@@ -111,7 +113,11 @@ def require_usable(out: Path, config: Any) -> None:
         raise _unusable(out, "which holds something else")
 
 
-def _config_of(out: Path) -> dict[str, Any]:
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    return json.loads(json.dumps({field.name: field.default for field in _asked(config)}, default=str))
+
+
+def config_of(out: Path) -> dict[str, Any]:
     """config.json of a run."""
     try:
         content = json.loads((out / "config.json").read_text(encoding="utf-8"))
@@ -146,15 +152,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
     """What config.json holds: what is measured."""
-    # Not what is measured, but on which machines and where to.
-    here = {field.name for field in dataclasses.fields(Cluster)} | {"out"}
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in here}
+    fields = {field.name: getattr(config, field.name) for field in _asked(config)}
     return json.loads(json.dumps({"experiment": config.name} | fields, default=str))
 
 
-def environment(config: Any) -> dict[str, Any]:
+def _asked(config: RunConfig) -> list[dataclasses.Field[Any]]:
+    """The fields that say what is measured, not on which machines and where to."""
+    here = {field.name for field in dataclasses.fields(Cluster)} | {"out", "name"}
+    return [field for field in dataclasses.fields(config) if field.name not in here]
+
+
+def environment(config: RunConfig) -> dict[str, Any]:
     """Versions, devices, commit and seeds; nothing that names the machine."""
     packages = ("cg_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
@@ -181,8 +191,9 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with "+" where files were changed since; None outside a checkout."""
+    """The commit of this checkout, with "+" where files were changed since; None where this is an installed package."""
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # the repository around may be another
         head = _git("rev-parse", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
@@ -190,5 +201,5 @@ def _commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", _ROOT, *arguments], capture_output=True, text=True, check=True, timeout=10)
+    done = subprocess.run(["git", "-C", _PACKAGE, *arguments], capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()

@@ -1,6 +1,4 @@
-"""What a training needs of a data set: noisy labels, mini-batches
-from any step on, samples to measure on.
-"""
+"""What a training needs of a data set: noisy labels, mini-batches from any step on, samples to measure on."""
 
 import functools
 from collections.abc import Iterator
@@ -11,10 +9,11 @@ import jax
 import numpy as np
 
 import cg_jax as cg
-from experiments import models
-from experiments.configs import Config
-from experiments.devices import devices
-from experiments.train import Keys
+
+from . import models
+from .configs import Config
+from .devices import devices
+from .train import Keys
 
 
 class Guesses(NamedTuple):
@@ -49,7 +48,7 @@ class Examples(Protocol):
         ...
 
 
-class Source(Protocol):
+class Data(Protocol):
     """A data set."""
 
     num_train: int
