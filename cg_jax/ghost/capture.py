@@ -24,8 +24,7 @@ from cg_jax.ghost.evaluation import is_var, leading_to, read_all
 from cg_jax.ghost.primitives import calls
 
 PyTree = Any
-# Equations, and which of their results carry a tangent.
-Dynamic = Sequence[tuple[Any, tuple[int, ...]]]
+Dynamic = Sequence[tuple[Any, tuple[int, ...]]]  # equations, and which of their results carry a tangent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,9 +280,8 @@ def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
     active += [variables[call.num_consts + k] for k in outs if k < call.num_carry]
     results = [flat.jaxpr.outvars[k] for k in _results_of_body(flat, call, site.taps, outs)]
     body = _classify(flat, [variables[i] for i in site.views], inputs, active, results, nest=False)
-    if any(calls.has_custom_vjp(static) for static in body.static):
-        return None
-    if any(body.reach.get(out) for out in body.outputs if is_var(out)):
+    has_custom_vjp = any(calls.has_custom_vjp(static) for static in body.static)
+    if has_custom_vjp or any(body.reach.get(out) for out in body.outputs if is_var(out)):
         return None
     operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in site.dynamic and i not in carry}
     return Nested(eqn, call, body, operands, None if call.length is None else calls.checkpoint_in(call.jaxpr))
