@@ -13,10 +13,11 @@ import pytest
 from jax.sharding import AxisType
 
 import cg_jax as cg
+from experiments import data, line, methods
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "extending.md").read_text(encoding="utf-8")
-# Title of a section → its blocks. Those of the experiments are run by the tests of the experiments.
+# Title of a section → its blocks. The experiment is run by test_experiments_extending.py.
 BLOCKS = {
     section.split("\n", 1)[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     for section in PAGE.split("\n## ")[1:]
@@ -104,3 +105,19 @@ def test_every_link_leads_to_a_file():
     for page in ("extending.md", "architecture.md"):
         links = re.findall(r"\]\(([^)]+)\)", (DOCS / page).read_text(encoding="utf-8"))
         assert all((DOCS / link).is_file() for link in links if not link.startswith("http"))
+
+
+def _entry(title, names):
+    (block,) = BLOCKS[title]
+    return eval("{" + block + "}", names)
+
+
+def test_entries_of_the_experiments():
+    (method,) = _entry("Add a method", vars(methods)).values()
+    stacked = jnp.asarray(X[: method.groups])
+    transform = method.transform()
+    got, _ = transform.update(stacked, transform.init(stacked[0]))
+    np.testing.assert_allclose(got, cg.winsorized_mean(1)(stacked))
+    assert set(method.rivals) <= set(methods.METHODS)
+    (entry,) = _entry("Add a data set", vars(data) | {"Line": line.Line, "_two_moons": lambda: "moons"}).values()
+    assert isinstance(entry, data.DatasetEntry)
