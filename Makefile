@@ -18,6 +18,7 @@ test-all: .venv/stamp
 lint: .venv/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 
 types: .venv/stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -35,9 +35,9 @@ def _each_leaf(check: Any, name: str, tree: PyTree) -> PyTree:
     """The tree with check(where, leaf) for each leaf; the same object where nothing is converted."""
     if all(map(_is_plain, jax.tree.leaves(tree))):
         return tree
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = [check(f"{name}{jax.tree_util.keystr(path)}", leaf) for path, leaf in found]
-    if all(new is old for new, (_, old) in zip(leaves, found, strict=True)):
+    with_paths = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = [check(f"{name}{jax.tree_util.keystr(path)}", leaf) for path, leaf in with_paths]
+    if all(new is old for new, (_, old) in zip(leaves, with_paths, strict=True)):
         return tree
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 

@@ -146,9 +146,9 @@ def something_to_differentiate(kept: PyTree) -> None:
         )
 
 
-def dependence(found: bool) -> None:
-    """ValueError unless it was found that the loss depends on params."""
-    if not found:
+def dependence(depends: bool) -> None:
+    """ValueError if the loss does not depend on params."""
+    if not depends:
         raise ValueError("Expected loss_fn to depend on params, but its result does not; every gradient would be zero.")
 
 

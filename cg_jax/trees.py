@@ -94,9 +94,9 @@ def paths(tree: PyTree) -> list[str]:
     all. Where two names are still the same (keys 0 and "0" of one node, an attribute and a key of one name), those
     leaves go by JAX's own notation, <['0']>, and by their place in the tree where that is the same too, <[0]>#1.
     """
-    found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    names = ["/".join(map(_key_text, path)) for path in found]
-    names = _told_apart(names, [f"<{jax.tree_util.keystr(path)}>" for path in found])
+    keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = ["/".join(map(_key_text, path)) for path in keys]
+    names = _told_apart(names, [f"<{jax.tree_util.keystr(path)}>" for path in keys])
     return _told_apart(names, [f"{name}#{i}" for i, name in enumerate(names)])
 
 

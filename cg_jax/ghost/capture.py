@@ -24,6 +24,7 @@ from cg_jax.ghost.evaluation import is_var, leading_to, read_all
 from cg_jax.ghost.primitives import calls
 
 PyTree = Any
+Dynamic = Sequence[tuple[Any, tuple[int, ...]]]  # equations, and which of their results carry a tangent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _classify(
     reach: dict[Any, frozenset[int]] = {var: frozenset({i}) for i, var in enumerate(parameters)}
     depends, varying, carrying = set(parameters), set(inputs), set(active)
     static: list[Any] = []
-    dynamic: list[tuple[Any, tuple[int, ...]]] = []  # equations, and which of their results carry a tangent
+    dynamic: list[tuple[Any, tuple[int, ...]]] = []
     begins = calls.copies_into_carries(flat.jaxpr.eqns) if nest else set()
     for eqn in leading_to([out for out in flat.jaxpr.outvars if is_var(out)], flat.jaxpr.eqns):
         operands = [None if _compat.is_literal(atom) else atom for atom in eqn.invars]
@@ -196,11 +197,6 @@ def _classify(
         varying.update(eqn.outvars)
         carrying.update(eqn.outvars[k] for k in outs)
         dynamic.append((eqn, outs))
-    marks = {
-        index: tuple(i for i, var in enumerate(eqn.invars) if is_var(var) and reach.get(var))
-        for index, (eqn, outs) in enumerate(dynamic)
-        if outs and calls.has_custom_rule(eqn)
-    }
     return Program(
         constants=dict(zip(flat.jaxpr.constvars, map(jnp.asarray, flat.consts), strict=True)),
         all_inputs=tuple(flat.jaxpr.invars),
@@ -209,7 +205,7 @@ def _classify(
         static=tuple(static),
         dynamic=tuple(eqn for eqn, _ in dynamic),
         sites=_sites(dynamic, reach, varying, carrying, results, nest),
-        marks=marks,
+        marks=_marks(dynamic, reach),
         reach=reach,
         outputs=tuple(flat.jaxpr.outvars),
         producers={out: eqn for eqn in static for out in eqn.outvars},
@@ -217,8 +213,17 @@ def _classify(
     )
 
 
+def _marks(dynamic: Dynamic, reach: dict[Any, frozenset[int]]) -> dict[int, tuple[int, ...]]:
+    """The operands that parameters reach of each equation with a rule of its own, by index into `dynamic`."""
+    return {
+        index: tuple(i for i, var in enumerate(eqn.invars) if is_var(var) and reach.get(var))
+        for index, (eqn, outs) in enumerate(dynamic)
+        if outs and calls.has_custom_rule(eqn)
+    }
+
+
 def _sites(
-    dynamic: Sequence[tuple[Any, tuple[int, ...]]],
+    dynamic: Dynamic,
     reach: dict[Any, frozenset[int]],
     varying: set[Any],
     carrying: set[Any],
@@ -275,9 +280,8 @@ def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
     active += [variables[call.num_consts + k] for k in outs if k < call.num_carry]
     results = [flat.jaxpr.outvars[k] for k in _results_of_body(flat, call, site.taps, outs)]
     body = _classify(flat, [variables[i] for i in site.views], inputs, active, results, nest=False)
-    if any(calls.has_custom_vjp(static) for static in body.static):
-        return None
-    if any(body.reach.get(out) for out in body.outputs if is_var(out)):
+    has_custom_vjp = any(calls.has_custom_vjp(static) for static in body.static)
+    if has_custom_vjp or any(body.reach.get(out) for out in body.outputs if is_var(out)):
         return None
     operands = {var: eqn.invars[i] for i, var in enumerate(variables) if i not in site.dynamic and i not in carry}
     return Nested(eqn, call, body, operands, None if call.length is None else calls.checkpoint_in(call.jaxpr))

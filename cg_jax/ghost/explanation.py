@@ -97,16 +97,16 @@ def explain(
     _validate.dependence(program.depends)
     chosen = cost.cheapest(program, max_bytes)
     used = {i: [use for use, _ in uses] for i, uses in plan.uses_by_parameter(program).items()}
-    made = {tensor.parameter: _by_rule(tensor) for tensor in chosen.rules}
+    rows = {tensor.parameter: _by_rule(tensor) for tensor in chosen.rules}
     for plan_inside in chosen.inline:
-        made[plan_inside.parameter] = _inside(plan_inside)
+        rows[plan_inside.parameter] = _inside(plan_inside)
     for group in chosen.groups:
         size = plan.group_bytes(program, group.parameters, group.uses)
-        made |= {i: _in_group(group, k, used[i], size) for k, i in enumerate(group.parameters)}
+        rows |= {i: _in_group(group, k, used[i], size) for k, i in enumerate(group.parameters)}
     nothing = ("none", 0, 0, 0, "no example's gradient reaches it" if program.is_dynamic() else _SAME)
     leaves = jax.tree.leaves(kept)
     return Explanation(
-        TensorPlan(path, leaf.shape, tuple(map(_where, used[i])), *made.get(i, nothing))
+        TensorPlan(path, leaf.shape, tuple(map(_where, used[i])), *rows.get(i, nothing))
         for i, (path, leaf) in enumerate(zip(trees.paths(kept), leaves, strict=True))
     )
 

@@ -199,5 +199,5 @@ def _of_nested(
     rows = (read_all([nested.operands[var] for var in sliced], env), *trace)
     totals, stacked = jax.lax.scan(step, zeros, rows)
     apart = [var for var in wanted if var not in shared]
-    found = dict(zip([*shared, *apart], [*totals, *stacked], strict=True))
-    return [(nested.operands[var], found[var]) for var in wanted]
+    by_variable = dict(zip([*shared, *apart], [*totals, *stacked], strict=True))
+    return [(nested.operands[var], by_variable[var]) for var in wanted]
