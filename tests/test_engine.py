@@ -127,7 +127,7 @@ def test_no_array_of_batch_times_parameters_is_built():
     assert temporary_bytes("vmap") > size
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", "tied embedding"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "tied embedding"])
 def test_the_sum_is_the_gradient_of_the_summed_loss(name):
     case = cases.CASES[name]
     params, batch = case.cast(jnp.float32)

@@ -76,7 +76,7 @@ def _check_same(rows, alone):
             np.testing.assert_allclose(row[name], want[name], rtol=1e-3)
 
 
-@pytest.mark.parametrize("told", ["by options", "by Open MPI"])
+@pytest.mark.parametrize("told", ["by options", pytest.param("by Open MPI", marks=pytest.mark.slow)])
 def test_two_processes_measure_what_one_does_and_the_first_writes(told, alone, tmp_path):
     out, apart, port = tmp_path / "out", tmp_path / "apart", free_port()
     if told == "by Open MPI":
@@ -102,6 +102,7 @@ def _wait_for_rows(out):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_where_the_writing_process_dies_the_other_ends(tmp_path):
     out, port = tmp_path / "out", free_port()
     commands = [_command(out, "--epochs", 5000, *_cluster(port, p)) for p in range(2)]
@@ -136,6 +137,7 @@ def test_processes_that_were_told_different_things_do_not_start(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_or_a_process_that_does_not_come_is_an_error(tmp_path):
     with socket.create_server(("", 0)) as taken, socket.create_server(("", 0)) as other:
         port, free = taken.getsockname()[1], other.getsockname()[1]
@@ -148,6 +150,7 @@ def test_a_port_that_is_taken_or_a_process_that_does_not_come_is_an_error(tmp_pa
     assert f"waits for 2 processes to meet at 127.0.0.1:{free}, for up to 4 s" in errors[1]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_all_processes(tmp_path):
     out, port = tmp_path / "out", free_port()
     commands = [_command(out, "--epochs", 5000, *_cluster(port, p)) for p in range(2)]

@@ -69,6 +69,7 @@ def test_a_second_run_in_a_folder_gets_one_line_and_a_killed_one_leaves_no_lock(
         require_usable(out, CoherenceConfig(data="digits", width=16, batch_size=20, epochs=2000))
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_gets_one_line_too(tmp_path):
     """Both are told the same folder, as on a shared file system; the first alone locks."""
     out, port = tmp_path / "run", free_port()

@@ -50,6 +50,7 @@ def test_coherence_leaves_a_whole_folder(tmp_path, capsys):
     assert "Report:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_noise_leaves_a_whole_folder(tmp_path):
     out = tmp_path / "run"
     assert main(["noise", *SMALL, "--epochs", "2", "--out", str(out)]) == 0
@@ -78,6 +79,7 @@ def test_an_unknown_option_is_an_error(capsys):
     assert "epoch-count" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupting_leaves_valid_files(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "experiments", "coherence", *SMALL, "--epochs", "2000", "--out", str(out)]

@@ -80,7 +80,12 @@ def test_each_method_takes_the_steps_written_out_by_hand(problem, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "depth", "convolutions"), [("cnn", 4, None, 2), ("resnet", 8, 8, 9), ("resnet", 8, 18, 20)]
+    ("name", "width", "depth", "convolutions"),
+    [
+        ("cnn", 4, None, 2),
+        pytest.param("resnet", 8, 8, 9, marks=pytest.mark.slow),
+        pytest.param("resnet", 8, 18, 20, marks=pytest.mark.slow),
+    ],
 )
 def test_convolutional_models_have_the_layers_of_their_name(name, width, depth, convolutions):
     model = models.build(name, width, depth, 10)
@@ -170,6 +175,7 @@ def test_the_models_of_imagenet_have_the_parameters_of_the_papers(name, millions
     assert ("batch_stats" in shapes) == (name == "resnet50") == models.has_batch_norm(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "vit_s16"])
 def test_the_engine_measures_the_models_of_imagenet(name):
     """Of ResNet-50 by running averages, which are its state."""

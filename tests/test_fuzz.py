@@ -1,4 +1,4 @@
-"""Random small programs: the engine against the float64 oracle. CG_JAX_FUZZ=500 runs that many."""
+"""Random small programs: the engine against the float64 oracle. CG_JAX_FUZZ=500 runs that many in the slow test."""
 
 import itertools
 import os
@@ -59,10 +59,7 @@ STEP = st.tuples(
 )
 
 
-@pytest.mark.filterwarnings("ignore:Expected the same loss_fn object")  # a program is a loss of its own
-@settings(deadline=None, max_examples=NUMBER, derandomize=NUMBER == 50, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(STEP, min_size=1, max_size=5), st.integers(0, 2**16))
-def test_random_programs(program, seed):
+def _check(program, seed):
     if next(RUNS) % 20 == 0:
         jax.clear_caches()  # hundreds of compiled programs use up the memory maps that a process may have
     rng = np.random.default_rng(seed)
@@ -87,3 +84,23 @@ def test_random_programs(program, seed):
             np.testing.assert_allclose(got, exact, rtol=0, atol=1e-11 * whole)
         for got, exact in zip(jax.tree.leaves(norms), want.sq_norms, strict=True):
             np.testing.assert_allclose(got, exact, rtol=1e-9, atol=1e-12 * whole**2)
+
+
+# A program is a loss of its own.
+_FRESH_LOSSES = pytest.mark.filterwarnings("ignore:Expected the same loss_fn object")
+_PROGRAMS = given(st.lists(STEP, min_size=1, max_size=5), st.integers(0, 2**16))
+
+
+@_FRESH_LOSSES
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@_PROGRAMS
+def test_a_few_random_programs(program, seed):
+    _check(program, seed)
+
+
+@pytest.mark.slow
+@_FRESH_LOSSES
+@settings(deadline=None, max_examples=NUMBER, derandomize=NUMBER == 50, suppress_health_check=[HealthCheck.too_slow])
+@_PROGRAMS
+def test_random_programs(program, seed):
+    _check(program, seed)

@@ -252,6 +252,7 @@ def test_a_run_from_files_goes_on_where_it_was(folder, tmp_path):
     assert (out / "metrics.jsonl").read_bytes() == want
 
 
+@pytest.mark.slow
 def test_two_processes_read_their_parts_and_measure_what_one_does(folder, tmp_path):
     alone, together, port = tmp_path / "alone", tmp_path / "together", free_port()
     cluster = [["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(p)] for p in (0, 1)]
@@ -272,6 +273,7 @@ def programs(tmp_path_factory):
     return tmp_path_factory.mktemp("programs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pictures"), [("imagenet-coherence", 2), ("imagenet-noise", 1)])
 def test_the_imagenet_experiments_run_on_tiny_images(name, pictures, tmp_path, programs):
     command = [sys.executable, "-m", "experiments", name, "--smoke", "--out", "run"]

@@ -219,6 +219,7 @@ def test_records_are_frozen_pytrees_that_survive_jit():
     assert "α=1" in str(result)
 
 
+@pytest.mark.slow
 def test_the_program_grows_in_proportion_to_the_tensors():
     """As scalars of their own the ratios of each held the sums of all: a deep network took minutes to compile."""
 

@@ -135,7 +135,13 @@ def _check(loss_fn, params, seeds):
                 _close(jax.tree.leaves(moments.sum_sq_norms), want.sum_sq_norms, None, 1e-8)
 
 
-@pytest.mark.parametrize("name", LINEN)
+# The others have layers of the same kinds, and take longer to compile.
+_QUICK = ("MLP", "CNN", "GRU")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LINEN]
+)
 def test_linen(name):
     model, shape = LINEN[name]
     with jax.enable_x64(True):
@@ -173,6 +179,7 @@ def test_nnx():
         _check(loss_fn, _filled(params), [(_inputs(IMAGE, 8, seed), (np.arange(8) + seed) % 4) for seed in (1, 2)])
 
 
+@pytest.mark.slow
 def test_equinox():
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(0), 3)

@@ -95,7 +95,16 @@ def test_a_loss_that_jax_cannot_differentiate_is_refused_by_equation_and_line():
         cg.grad_moments(loss_fn)(jnp.eye(3), jnp.ones((2, 3)))
 
 
-@pytest.mark.parametrize("name", ["resnet", "tied embedding", "attention", "low rank", "checkpoint around layers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resnet", marks=pytest.mark.slow),
+        "tied embedding",
+        "attention",
+        "low rank",
+        "checkpoint around layers",
+    ],
+)
 def test_results_do_not_depend_on_max_bytes(name):
     case = cases.CASES[{"low rank": "weight norm of a product"}.get(name, name)]
     with jax.enable_x64(True):

@@ -63,7 +63,7 @@ def test_the_result_of_several_processes_is_that_of_one(number, alone):
             np.testing.assert_allclose(found[name][field], value, rtol=2e-5, err_msg=f"{name}: {field}")
 
 
-@pytest.mark.parametrize("dies", [1, 0])
+@pytest.mark.parametrize("dies", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_where_one_process_dies_the_others_end_with_a_message(dies):
     stays = 1 - dies
     with workers(2, HANG_AFTER="arrays", GOES_ON=str(stays)) as started:

@@ -24,6 +24,7 @@ def _run(out, *more):
     return main([*SMALL, *more, "--out", str(out)])
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_measures_the_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     kills.finish(whole, 2)
@@ -195,6 +196,7 @@ def test_a_checkpoint_holds_every_kind_of_leaf(tmp_path):
         np.testing.assert_array_equal(leaf, want)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_together(tmp_path):
     """The second has no folder: it is told what the first has read."""
     out = tmp_path / "run"

@@ -79,6 +79,7 @@ def test_a_state_of_each_device_makes_gradients_its_own():
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_running_averages_of_batch_normalisation_are_state():
     model = nn.Sequential([nn.Dense(5), nn.BatchNorm(use_running_average=True), nn.relu, nn.Dense(3)])
     labels = np.arange(8) % 3

@@ -100,7 +100,7 @@ def _agree(loss_fn, params, batch, rtol=1e-9):
             np.testing.assert_allclose(x, y, rtol=0, atol=rtol * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("shape", [(5,), (6, 5)])
+@pytest.mark.parametrize("shape", [pytest.param((5,), marks=pytest.mark.slow), (6, 5)])
 def test_linear_views(shape):
     loss_fn, params = _total(LINEAR | ENTRYWISE | ELEMENTWISE)
     _agree(loss_fn, params, _normal(3, *shape))
