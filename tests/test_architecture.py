@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import runpy
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,8 @@ def test_retired_names_stay_retired(module):
 
     used = {name.strip("_") for node in ast.walk(_tree(MODULES[module])) for name in names(node) if name}
     assert not used & RETIRED
+
+
+def test_the_picture_shows_every_entry(tmp_path):
+    runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"](tmp_path / "architecture.png")
+    assert (tmp_path / "architecture.png").stat().st_size > 0

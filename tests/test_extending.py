@@ -102,9 +102,14 @@ def test_a_source():
 
 
 def test_every_link_leads_to_a_file():
-    for page in ("extending.md", "architecture.md"):
-        links = re.findall(r"\]\(([^)]+)\)", (DOCS / page).read_text(encoding="utf-8"))
-        assert all((DOCS / link).is_file() for link in links if not link.startswith("http"))
+    for page in (DOCS / "extending.md", DOCS / "architecture.md", DOCS.parent / "CONTRIBUTING.md"):
+        links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert all((page.parent / link).is_file() for link in links if not link.startswith("http"))
+
+
+def test_the_citation_is_of_this_version():
+    text = (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", text, re.MULTILINE) == [cg.__version__]
 
 
 def _entry(title, names):
