@@ -15,6 +15,7 @@ import tyro
 
 import cg_jax as cg
 from benchmarks.timing import alternate, machine
+from cg_jax.estimators import estimator_of
 from experiments import imagenet, models
 from experiments.images import decoded
 from experiments.loop import measured_at
@@ -65,7 +66,7 @@ def sides(name: str, options: Options) -> dict[str, Callable[[], Any]]:
         jax.block_until_ready(held[0])
 
     def coherence(estimator: str) -> Callable[[], Any]:
-        loss_fn = models.loss_of(model) if estimator == "exact" else mean_loss
+        loss_fn = models.loss_of(model) if estimator_of(estimator).by_example else mean_loss
         return lambda: float(
             cg.measure_coherence(
                 loss_fn, params, batches, batch_size=size, estimator=estimator, nonfinite="propagate"

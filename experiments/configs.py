@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
+from cg_jax.estimators import estimator_of
+
 from .methods import METHODS
 from .models import MODELS
 
@@ -124,6 +126,11 @@ class Config(RunConfig):
     smoke: bool = False
     """Try it: a tiny data set and network, 2 epochs; half a minute on 2 CPU cores."""
 
+    @property
+    def by_example(self) -> bool:
+        """Whether the estimator takes the loss of one example, and not that of a batch."""
+        return estimator_of(self.estimator).by_example
+
     def check(self) -> None:
         """ValueError where options that only this experiment has are wrong."""
 
@@ -166,7 +173,7 @@ def smoked(config: Config) -> Config:
 def described(config: Config) -> str:
     """How coherence was measured, in a sentence or two."""
     batch_norm = MODELS[config.model].batch_norm
-    if config.estimator == "batch":
+    if not config.by_example:
         text = f"Coherence is estimated from the mean gradients of batches of {config.measure_batch_size} examples"
         return f"{text}{', each normalised by itself as in training (BatchNorm)' if batch_norm else ''}."
     text = "Coherence is exact, from the gradient of every example"

@@ -67,7 +67,7 @@ class Data(Protocol):
 
 def coherence_of(config: Config, model: nn.Module, params: Any, sample: Any, *, batch_size: int) -> cg.Coherence:
     """Coherence of a sample by the estimator that the config names, on the host."""
-    loss_fn = models.loss_of(model) if config.estimator == "exact" else models.mean_loss_of(model)
+    loss_fn = models.loss_of(model) if config.by_example else models.mean_loss_of(model)
     trained, state = models.with_state(params)
     measure = functools.partial(cg.measure_coherence, mesh=devices().mesh, estimator=config.estimator)
     return jax.device_get(measure(loss_fn, trained, sample, state=state, batch_size=batch_size))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import io
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Split:
             self.size = min(len(self._records), limit or len(self._records))
 
     @contextlib.contextmanager
-    def _readable(self, what: str) -> Iterator[None]:
+    def _readable(self, what: str) -> Generator[None]:
         try:
             yield
         except Exception as error:  # whatever a damaged file makes a reader say

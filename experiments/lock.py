@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 # Stays in the folder, empty: were it deleted, a third run could lock a new one beside a second that waits for the old.
@@ -11,7 +11,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Generator[None]:
     """Hold the lock of a folder, which is created; with `wait`, as soon as no other run holds it.
 
     The kernel holds the lock (flock) and lets go of it when the process ends, whatever ended it. On NFS it holds

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Clock:
             seconds.setdefault(what, 0.0)
 
     @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
+    def on(self, what: str) -> Generator[None]:
         """While it is open, time is spent on `what`."""
         start = time.perf_counter()
         yield
@@ -85,7 +85,7 @@ def opened(config: Config) -> Problem:
         what = f"{EPOCH_UNIT} mini-batches of batch_size={config.batch_size}"
         raise ValueError(f"Expected at least {least} training examples, {what}, got {data.num_train}.")
     smallest = min(data.measured[sample] for sample in config.samples)
-    if config.estimator == "batch" and smallest < 2 * config.measure_batch_size:
+    if not config.by_example and smallest < 2 * config.measure_batch_size:
         what = f"2 batches of measure_batch_size={config.measure_batch_size} to measure on with estimator batch"
         raise ValueError(f"Expected at least {what}, got {smallest} examples in a sample.")
     config.check_size(data.num_train)

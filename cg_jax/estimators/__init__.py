@@ -41,7 +41,7 @@ register_estimator("signs", Signs)
 register_estimator("batch", Batch)
 
 
-def estimator_of(estimator: str | Estimator, options: Mapping[str, tuple[Any, Any]]) -> Estimator:
+def estimator_of(estimator: str | Estimator, options: Mapping[str, tuple[Any, Any]] | None = None) -> Estimator:
     """The estimator that a name and its options stand for, or the object itself.
 
     Args:
@@ -51,6 +51,7 @@ def estimator_of(estimator: str | Estimator, options: Mapping[str, tuple[Any, An
     Raises:
         ValueError: Unknown name, an option that an object was given beside it, or `confidence` where there is none.
     """
+    options = options or {}
     changed = {name: value for name, (value, default) in options.items() if value != default}
     if isinstance(estimator, Estimator):
         if changed:
