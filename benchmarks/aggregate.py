@@ -56,10 +56,10 @@ class Step:
 
     def memory(self) -> dict[str, float]:
         """MB of temporaries, and of arguments that results are written over."""
-        found = self.program.memory_analysis()
-        if found is None:  # not every backend tells
+        analysis = self.program.memory_analysis()
+        if analysis is None:  # not every backend tells
             return {"temp_mb": float("nan"), "alias_mb": float("nan")}
-        return {"temp_mb": found.temp_size_in_bytes / 1e6, "alias_mb": found.alias_size_in_bytes / 1e6}
+        return {"temp_mb": analysis.temp_size_in_bytes / 1e6, "alias_mb": analysis.alias_size_in_bytes / 1e6}
 
 
 def steps(name: str, batch_size: int, repeats: int) -> dict[str, Any]:

@@ -50,17 +50,17 @@ def costs(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(fig)
 
 
-def scaling(found: dict[str, Any], path: Path) -> None:
+def scaling(measured: dict[str, Any], path: Path) -> None:
     """Time over examples and over parameters, and bytes over devices."""
     fig, axes = plt.subplots(1, 3, figsize=(13.5, 3.8), layout="constrained")
     for axis, rows, x, label in (
         (
             axes[0],
-            found["examples"],
+            measured["examples"],
             "examples",
-            "examples m ({:,} parameters)".format(found["examples"][0]["parameters"]),
+            "examples m ({:,} parameters)".format(measured["examples"][0]["parameters"]),
         ),
-        (axes[1], found["parameters"], "parameters", "parameters (256 examples in batches of 64)"),
+        (axes[1], measured["parameters"], "parameters", "parameters (256 examples in batches of 64)"),
     ):
         for side, color, name in (
             ("measure", "#1b6ca8", "measure_coherence"),
@@ -72,7 +72,7 @@ def scaling(found: dict[str, Any], path: Path) -> None:
         axis.legend(fontsize=8)
     names = {"on every device": "#1b6ca8", "fully sharded": "#d1495b", "tensor parallel": "#edae49"}
     for layout, color in names.items():
-        rows = [row for row in found["devices"] if row["layout"] == layout and row["examples"] == 1024]
+        rows = [row for row in measured["devices"] if row["layout"] == layout and row["examples"] == 1024]
         rows = [row for row in rows if row["devices"] > 1]
         for part, style in (("batch", "o-"), ("end", "s:")):
             bytes_ = [max(sum(row[part].values()), 1) / row["parameter_bytes"] for row in rows]
@@ -89,7 +89,7 @@ def scaling(found: dict[str, Any], path: Path) -> None:
 
 
 def _box(axis: Any, x: float, y: float, text: str, color: str, width: float = 2.7) -> None:
-    style = {
+    style: dict[str, Any] = {
         "boxstyle": "round,pad=0.02,rounding_size=0.15",
         "facecolor": color,
         "edgecolor": "#333333",

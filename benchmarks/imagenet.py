@@ -55,10 +55,10 @@ def sides(name: str, options: Options) -> dict[str, Callable[[], Any]]:
     gradient = jax.jit(jax.grad(mean_loss))
 
     def gradients() -> None:
-        found = None
+        grads = None
         for each in batches:
-            found = gradient(params, each)
-        jax.block_until_ready(found)
+            grads = gradient(params, each)
+        jax.block_until_ready(grads)
 
     def training() -> None:
         for each in batches:
@@ -97,18 +97,18 @@ def reading(image_size: int, seconds: float = 2.0) -> float:
 
 def hours(per_second: dict[str, float]) -> dict[str, float]:
     """Of the two experiments on 8 such devices, one seed, where reading keeps up and devices do not wait."""
-    found = {}
+    by_config = {}
     for config, runs, samples in ((imagenet.COHERENCE.config, 2, 2), (imagenet.NOISE.config, 3, 1)):
         images = steps_per_epoch(_TRAIN, config.batch_size, config.batch_size) * config.batch_size
         trained = runs * config.epochs * images / per_second["training"]
         times = len(measured_at(images // config.batch_size, config))
         measured = runs * times * samples * config.num_measured / per_second[config.estimator]
-        found[config.name] = {
+        by_config[config.name] = {
             "training": trained / _DEVICES / 3600,
             "measuring": measured / _DEVICES / 3600,
             "read per second": _DEVICES * per_second["training"],
         }
-    return found
+    return by_config
 
 
 def main(options: Options) -> None:
@@ -117,13 +117,13 @@ def main(options: Options) -> None:
     for name in options.models:
         times = alternate(sides(name, options), options.repeats)
         number = options.images // options.batch * options.batch
-        per_second = {side: 1e3 * number / found for side, found in times.items()}
+        per_second = {side: 1e3 * number / ms for side, ms in times.items()}
         stats = jax.devices()[0].memory_stats() or {}
         rows.append(
             {
                 "model": name,
                 "images_per_second": per_second,
-                "over_gradients": {side: found / times["gradients"] for side, found in times.items()},
+                "over_gradients": {side: ms / times["gradients"] for side, ms in times.items()},
                 "peak_bytes": stats.get("peak_bytes_in_use"),
                 "hours_on_8": hours(per_second),
             }

@@ -89,15 +89,15 @@ def main(options: Options) -> None:
         finish(killed, options.epochs)
         texts = [(each / "metrics.jsonl").read_bytes() for each in (whole, killed)]
         results = [json.loads((each / "summary.json").read_text()) for each in (whole, killed)]
-    found = {
+    comparison = {
         "command": shlex.join(["python", "-m", "experiments", *OPTIONS, "--epochs", str(options.epochs)]),
         "metrics_bytes": len(texts[0]),
         "same_metrics": texts[0] == texts[1],
         "same_summary": results[0] == results[1],
     }
-    print(found)
+    print(comparison)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), **found, "kills": kills}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"machine": machine(), **comparison, "kills": kills}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def cnn() -> nn.Module:
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
     """norm-ReLU-conv twice, beside the input."""
 
     def __init__(self, channels: int, features: int, stride: int) -> None:
@@ -82,7 +82,7 @@ def resnet(width: int, stages: int, blocks: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(channels, 10))
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
     """Pre-norm transformer block: attention, then an MLP four times as wide."""
 
     def __init__(self, dim: int, heads: int, causal: bool) -> None:
@@ -101,7 +101,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
     """ViT or GPT. Positions come from an `nn.Embedding`: a module with a bare parameter Opacus takes by vmap, whole."""
 
     def __init__(self, embed: nn.Module, head: nn.Module, length: int, dim: int, depth: int, heads: int) -> None:

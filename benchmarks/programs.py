@@ -13,12 +13,12 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-
 
 def collectives(program: Any) -> list[tuple[str, int]]:
     """[(kind, bytes of what it yields on one device)] of the collective operations of a compiled program."""
-    found = []
+    operations = []
     for result, kind in _COLLECTIVE.findall(program.as_text()):
         shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)
         size = sum(_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes)
-        found.append((kind, size))
-    return found
+        operations.append((kind, size))
+    return operations
 
 
 def moved(program: Any, *kinds: str) -> int:
@@ -27,7 +27,7 @@ def moved(program: Any, *kinds: str) -> int:
 
 
 class Programs(NamedTuple):
-    """What a measurement found, and the programs that it ran: one for every batch, one at the end."""
+    """The result of a measurement, and the programs that it ran: one for every batch, one at the end."""
 
     result: Coherence
     batch: Any

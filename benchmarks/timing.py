@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of every side, all of them in turn, after one run that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
+def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of every side, all of them in turn, after one call that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side()
     for _ in range(repeats):
-        for name, run in runs.items():
+        for name, side in sides.items():
             start = time.perf_counter()
-            run()
+            side()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 

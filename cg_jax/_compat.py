@@ -1,6 +1,6 @@
-"""What changes between releases of JAX, and nothing else; the one module that touches JAX's internals.
+"""Everything that changes between JAX releases. This is the only module that uses JAX's internals.
 
-The names of primitives, which change too, stand in the table of `ghost.primitives`.
+The names of primitives change too. They are in the table of `ghost.primitives`.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ def is_tracer(value: Any) -> bool:
 
 
 def bind(eqn: Any, operands: Any, **changed: Any) -> list[Any]:
-    """Evaluate one equation on `operands`, some of its parameters changed; its outputs as a list."""
+    """Evaluate one equation on `operands` with some parameters changed, and return its outputs as a list."""
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*operands, **(eqn.primitive.get_bind_params(eqn.params) | changed))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """Return how many of a scan's operands are constants, and how many begin the carry."""
+    """The number of a scan's operands that are constants, and the number that start the carry."""
     if "ft_in" in eqn.params:  # newer JAX: operands in groups
         consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
         return len(list(consts)), len(list(carry))
     return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
-def source_of(eqn: Any) -> str:
+def line_of(eqn: Any) -> str:
     """The user's file and line that an equation comes from, or the empty string."""
     try:
         from jax._src import source_info_util
@@ -48,8 +48,8 @@ def source_of(eqn: Any) -> str:
         return ""
 
 
-def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
-    """While it is open, new equations are said to come from the user's line that `eqn` comes from."""
+def keep_line(eqn: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which new equations are attributed to the user's line that `eqn` comes from."""
     try:
         from jax._src import source_info_util
 
@@ -59,7 +59,7 @@ def keep_source(eqn: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
-    """Whether `jax.jvp` can do f(*primals). It refuses a custom_vjp: at once, or in a jit only when it is compiled."""
+    """Whether `jax.jvp` works on f(*primals). It rejects a custom_vjp: at once, or inside jit when compiled."""
     try:
         jaxpr = jax.make_jaxpr(lambda p, t: jax.jvp(f, p, t)[1])(primals, tangents)
     except TypeError as error:
@@ -70,7 +70,7 @@ def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
 
 
 def varying_axes(*trees: Any) -> frozenset[str]:
-    """The axes of an enclosing shard_map that any leaf varies over; none where that is not tracked."""
+    """The axes of an enclosing shard_map that any leaf varies over. Empty if JAX does not track them."""
     return frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
 
 
@@ -81,10 +81,10 @@ def _varying(value: Any) -> frozenset[str]:
 
 
 def vary(tree: Any, axes: frozenset[str]) -> Any:
-    """Each leaf, made to vary over those of `axes` that it does not vary over yet; the values stay.
+    """Mark each leaf as varying over all of `axes`. The values do not change.
 
-    Inside shard_map a gradient with respect to what is the same on all devices is summed over them. One with respect to
-    what may differ is not.
+    Inside shard_map, JAX sums the gradient with respect to a replicated value over the devices. It does not sum the
+    gradient with respect to a varying value.
     """
 
     def cast(leaf: Any) -> Any:
@@ -95,17 +95,17 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def vary_like(tree: Any, other: Any) -> Any:
-    """Each leaf, made to vary over the axes that its like in `other` varies over."""
+    """Mark each leaf as varying over the axes of the matching leaf of `other`."""
     return jax.tree.map(lambda leaf, like: vary(leaf, _varying(like)), tree, other)
 
 
 def all_gather_invarying(tile: Any, axis_name: Any) -> Any:
-    """The tiles of all devices one after the other, as a value that is the same on all of them."""
+    """Concatenate the tiles of all devices. The result is replicated."""
     return jax.lax.all_gather(tile, axis_name, tiled=True, to="invarying")
 
 
 def bound_axes() -> tuple[str, ...]:
-    """The names of the axes of the shard_map, pmap or vmap around, as far as can be told."""
+    """The axis names of the enclosing shard_map, pmap or vmap. Empty if JAX does not tell."""
     try:
         from jax._src import core as internal
 
@@ -115,7 +115,7 @@ def bound_axes() -> tuple[str, ...]:
 
 
 def tracked_axes() -> frozenset[str]:
-    """The axes of the shard_map around over which JAX keeps track of what varies."""
+    """The axes of the enclosing shard_map over which JAX tracks varying values."""
     return frozenset(axis for axis in bound_axes() if axis in _varying(jax.lax.axis_index(axis)))
 
 

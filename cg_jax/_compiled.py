@@ -1,8 +1,8 @@
-"""Programs that are compiled once for each loss, and that go when the loss does.
+"""Programs that are compiled once for each loss and freed with it.
 
-`jax.jit` keeps its static arguments, and whatever they captured, for ever. So a loss is no static argument here: its
-programs are kept in a table by the identity of the loss, to which table and programs refer weakly. Neither a hash nor
-equality is asked for.
+`jax.jit` keeps its static arguments, and everything they capture, forever. So the loss is not a static argument here.
+A table maps the identity of the loss to its programs. Table and programs refer to the loss weakly. The loss needs no
+hash and no equality.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ import numpy as np
 
 from cg_jax import _compat
 
-# Losses of the same code, compiled for the same shapes, after which a fresh one each time is the likely reason.
+# After this many losses with the same code and shapes, the caller probably creates a new loss for each call.
 _MANY = 8
-# Items of a list that a loss captured which are looked at.
+# The number of items that `_kind` inspects in a captured list.
 _FEW = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Programs:
-    """A loss, and what was compiled for it."""
+    """A loss and the programs compiled for it."""
 
     loss_fn: Callable[..., Any]
-    recall: Callable[[], Callable[..., Any]]  # the loss, which the programs themselves do not hold
+    recall: Callable[[], Callable[..., Any]]  # returns the loss; programs hold no reference to it
     compiled: dict[Any, Any]
 
 
@@ -40,7 +40,7 @@ _TABLE: dict[tuple[int, ...], tuple[tuple[weakref.ref[Any], ...], dict[Any, Any]
 
 
 def programs_of(loss_fn: Callable[..., Any]) -> Programs:
-    """The programs of a loss. Those of an object that takes no weak reference are the caller's own."""
+    """The programs of a loss. If the loss takes no weak reference, only the caller holds its programs."""
     parts = _parts(loss_fn)
     key = tuple(map(id, parts))
     if key not in _TABLE:
@@ -54,7 +54,7 @@ def programs_of(loss_fn: Callable[..., Any]) -> Programs:
 
 
 def _parts(loss_fn: Callable[..., Any]) -> tuple[Any, ...]:
-    """What a loss is known by. A bound method is another object at every access; its function and its owner are not."""
+    """The objects that identify a loss: of a bound method, which is new at every access, its function and owner."""
     if isinstance(loss_fn, types.MethodType) or type(loss_fn).__name__ == "BoundMethod":  # Equinox has its own
         function, owner = (getattr(loss_fn, name, None) for name in ("__func__", "__self__"))
         if function is not None and owner is not None:
@@ -71,21 +71,20 @@ def _forget(key: tuple[int, ...], _: Any, table: dict[tuple[int, ...], Any] = _T
     table.pop(key, None)
 
 
-# The number of times that all programs were outdated.
+# Incremented whenever all compiled programs become invalid.
 _epoch = 0
 
 
 def outdate() -> None:
-    """Let no program that is compiled be used again: what they were compiled by has changed."""
+    """Invalidate all compiled programs, because the rules they were compiled with have changed."""
     global _epoch
     _epoch += 1
 
 
 class Compiled:
-    """body(loss_fn, *static, *arrays), jitted: called with the `Programs` of a loss in place of the loss.
+    """The jitted body(loss_fn, *static, *arrays). Call it with the `Programs` of a loss instead of the loss.
 
-    With `taker`, the name of a public function, losses of the same code that it compiles are counted, and many warned
-    of.
+    `taker` is the name of a public function. If given, warn when many losses with the same code are compiled for it.
     """
 
     def __init__(self, body: Callable[..., Any], static: int, donate: tuple[int, ...] = (), taker: str = "") -> None:
@@ -104,7 +103,7 @@ class Compiled:
         return self._program(programs, arguments).lower(*arguments[self.static :])
 
     def _cache_size(self) -> int:
-        """How many programs were compiled so far; those of losses that are gone count."""
+        """The number of programs compiled so far, including those of freed losses."""
         return self.size
 
     def _program(self, programs: Programs, arguments: tuple[Any, ...]) -> Any:
@@ -131,12 +130,12 @@ def compiled(static: int, donate: tuple[int, ...] = (), taker: str = "") -> Call
     return lambda body: Compiled(body, static, donate, taker)
 
 
-# Code of a loss → (public function, what it captured, shapes) → how many losses of it were compiled.
+# Code of a loss → (public function, captured values, shapes) → the number of losses compiled with that code.
 _COUNTS: weakref.WeakKeyDictionary[types.CodeType, dict[Any, int]] = weakref.WeakKeyDictionary()
 
 
 def _count(taker: str, loss_fn: Callable[..., Any], arrays: Any) -> None:
-    """Warn once where losses of one code come again and again; inside the user's own jit nothing compiles for them."""
+    """Warn once if many losses share one code. Inside the user's own jit nothing is compiled for them."""
     leaves, code = jax.tree.leaves(arrays), _code(loss_fn)
     if code is None or any(map(_compat.is_tracer, leaves)):
         return
@@ -154,7 +153,7 @@ def _count(taker: str, loss_fn: Callable[..., Any], arrays: Any) -> None:
 
 
 def _unwrapped(loss_fn: Any) -> Any:
-    """What a loss calls, whatever it is wrapped in."""
+    """The function that a loss calls, without its wrappers."""
     for _ in range(_MANY):
         wrapped = (getattr(loss_fn, name, None) for name in ("__func__", "__wrapped__"))
         inner = loss_fn.func if isinstance(loss_fn, functools.partial) else next(filter(callable, wrapped), None)
@@ -165,14 +164,14 @@ def _unwrapped(loss_fn: Any) -> Any:
 
 
 def _code(loss_fn: Any) -> types.CodeType | None:
-    """The code of a loss, or None where it has none that can be told."""
+    """The code of a loss, or None if it is not known."""
     return getattr(_unwrapped(loss_fn), "__code__", None)
 
 
 def _kind(value: Any, depth: int = 4) -> Any:
-    """What tells losses of one code apart that are meant to be several: functions, names and types that they captured.
+    """A key that distinguishes losses with the same code: the functions, names and types that they capture.
 
-    Not arrays and numbers: those are data, which a loss should be given.
+    Arrays and numbers do not count. They are data, which a loss should receive as arguments.
     """
     if isinstance(value, str | bool) or depth == 0:
         return value if isinstance(value, str | bool) else None

@@ -1,4 +1,4 @@
-"""What the data of a measurement may be: a pytree of arrays, or an iterable of batches."""
+"""The data of a measurement: a pytree of arrays, or an iterable of batches."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cg_jax import _validate
-
-PyTree = Any
+from cg_jax._types import PyTree
 
 
 def is_arrays(data: Any) -> bool:
-    """Whether `data` is a pytree of arrays; a list is none: it means batches."""
+    """Whether `data` is a pytree of arrays. A list is not: it is a list of batches."""
     if isinstance(data, list | Iterator):
         return False
     leaves = jax.tree.leaves(data)
@@ -23,7 +22,7 @@ def is_arrays(data: Any) -> bool:
 def checked(params: PyTree, data: Any) -> Any:
     """`data` as a pytree of arrays or an iterable of batches; TypeError or ValueError if it is neither.
 
-    A pytree (a dict, a tuple, …) other than a list is never iterated: one of its leaves may be no array by mistake.
+    A pytree other than a list (a dict, a tuple, …) is never iterated, since a leaf may be a non-array by mistake.
     """
     if isinstance(data, Iterator):
         return data
@@ -43,12 +42,12 @@ def checked(params: PyTree, data: Any) -> Any:
 
 
 def _is_like_an_array(leaf: Any) -> bool:
-    """Whether a leaf has an array in it, or is to be refused as if it had: strings, a DataFrame, a file of arrays."""
+    """Whether a leaf holds an array, or must be rejected as one: strings, a DataFrame, a file of arrays."""
     return isinstance(leaf, str | bytes | Mapping) or any(hasattr(leaf, name) for name in ("__array__", "shape"))
 
 
 def _alike(batches: list[PyTree]) -> list[PyTree]:
-    """A list of batches, converted; TypeError unless all have one structure and the same kinds of arrays."""
+    """Convert a list of batches. TypeError unless all have the same structure and kinds of arrays."""
     batches = [_validate.arrays(f"data[{i}]", batch, lazy=True) for i, batch in enumerate(batches)]
     kinds = [jax.tree.map(_kind, batch) for batch in batches]
     other = next((i for i, kind in enumerate(kinds) if jax.tree.flatten(kind) != jax.tree.flatten(kinds[0])), None)
@@ -61,7 +60,7 @@ def _alike(batches: list[PyTree]) -> list[PyTree]:
 
 
 def _kind(leaf: Any) -> str:
-    """What the rows of a leaf are; their lengths may differ from batch to batch."""
+    """The kind of the rows of a leaf. Their lengths may differ between batches."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
     kinds = {"float": jnp.floating, "int": jnp.integer}
     name = next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), str(dtype))

@@ -1,4 +1,4 @@
-"""Walks over the equations of a jaxpr, those of its inner jaxprs too."""
+"""Iterate over the equations of a jaxpr, including those of its inner jaxprs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
 
 
 def holds_jaxprs(eqn: Any) -> bool:
-    """Whether an equation is a loop, a branch or a call with a rule of its own."""
+    """Whether an equation is a loop, a branch or a call with its own rule."""
     return bool(inner_jaxprs(eqn))
 
 
@@ -36,12 +36,12 @@ def inner_eqns(eqn: Any) -> Iterator[Any]:
 
 
 def all_eqns(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr, open or closed, those of its inner jaxprs too."""
+    """All equations of an open or closed jaxpr, including those of its inner jaxprs."""
     for eqn in opened(jaxpr)[0].eqns:
         yield eqn
         yield from inner_eqns(eqn)
 
 
 def dtypes_in(jaxpr: Any) -> set[Any]:
-    """The dtypes of all results of the equations of a jaxpr, those of its inner jaxprs too."""
+    """The dtypes of all results in a jaxpr, including those of its inner jaxprs."""
     return {out.aval.dtype for eqn in all_eqns(jaxpr) for out in eqn.outvars if hasattr(out.aval, "dtype")}

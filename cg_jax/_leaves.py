@@ -1,4 +1,4 @@
-"""Checks of the leaves of params and batches: what NumPy can convert is converted, what is left gets a remedy."""
+"""Check the leaves of params and batches. Convert what NumPy can convert; for the rest, raise with a remedy."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from cg_jax._types import PyTree
 
 _SPLIT = "split them off, graphdef, params, rest = nnx.split(model, nnx.Param, ...), and put both back inside loss_fn"
 _APART = "keep such leaves apart (nnx.split, equinox.partition) and put them back inside loss_fn"
 _ARRAYS_OF_MODEL = "take the parameters of a model: variables['params'], nnx.split, equinox.partition"
-# Variables of Flax NNX, and collections of Flax linen, that are state and not trained.
+# Flax NNX variables and Flax linen collections that are state and not trained.
 _STATE_VARIABLES = frozenset({"BatchStat", "Cache", "Intermediate", "OptState", "OptVariable", "OptArray", "RngState"})
 _STATE_COLLECTIONS = ("batch_stats", "cache", "intermediates")
 
 
 def arrays(name: str, tree: PyTree, lazy: bool = False, shapes: bool = False) -> PyTree:
-    """The tree with every leaf an array or a number, converted where NumPy can; TypeError where it cannot.
+    """Convert every leaf to an array or a number with NumPy. TypeError if it cannot.
 
-    With `lazy`, a leaf that is read when it is sliced (of h5py or zarr) stays as it is; with `shapes`, a
-    `jax.ShapeDtypeStruct` does.
+    With `lazy`, leaves that are read when sliced (h5py, zarr) stay unchanged. With `shapes`, leaves of type
+    `jax.ShapeDtypeStruct` do too.
     """
 
     def check(where: str, leaf: Any) -> Any:
@@ -32,7 +32,7 @@ def arrays(name: str, tree: PyTree, lazy: bool = False, shapes: bool = False) ->
 
 
 def _each_leaf(check: Any, name: str, tree: PyTree) -> PyTree:
-    """The tree with check(where, leaf) for each leaf; the same object where nothing is converted."""
+    """Map check(where, leaf) over the tree. Return the same object if nothing is converted."""
     if all(map(_is_plain, jax.tree.leaves(tree))):
         return tree
     with_paths = jax.tree_util.tree_leaves_with_path(tree)
@@ -43,14 +43,14 @@ def _each_leaf(check: Any, name: str, tree: PyTree) -> PyTree:
 
 
 def _is_plain(leaf: Any) -> bool:
-    """Whether a leaf surely is an array of real numbers, so that it need not be looked at again."""
+    """Whether a leaf is certainly an array of real numbers and needs no further check."""
     if isinstance(leaf, jax.Array):
         return getattr(leaf.dtype, "kind", "c") in "fiubV"
     return type(leaf) is np.ndarray and leaf.dtype.kind in "fiub" and leaf.dtype.char != "g"
 
 
 def _array(name: str, where: str, leaf: Any, lazy: bool = False) -> Any:
-    """One leaf as an array or a number, else TypeError."""
+    """Convert one leaf to an array or a number, else TypeError."""
     if isinstance(leaf, jax.Array | bool | int | float | complex):
         return leaf
     kind, remedy, array = type(leaf).__name__, _remedy(name, leaf), leaf
@@ -71,12 +71,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_lazy(leaf: Any) -> bool:
-    """Whether a leaf is read when it is sliced, by position."""
+    """Whether a leaf is read when sliced by position."""
     return isinstance(getattr(leaf, "dtype", None), np.dtype) and hasattr(leaf, "shape") and not hasattr(leaf, "iloc")
 
 
 def _remedy(name: str, leaf: Any) -> str:
-    """What to do with a leaf that is no array and has no array of numbers in it; empty for one that may be."""
+    """The remedy for a leaf that holds no array of numbers. Empty if it may hold one."""
     if isinstance(leaf, np.ma.MaskedArray):
         return "fill it, or leave the masked rows out"
     if isinstance(leaf, np.ndarray | np.generic):
@@ -101,7 +101,7 @@ def _remedy(name: str, leaf: Any) -> str:
 
 
 def _dtype_remedy(array: Any) -> str:
-    """What to do with an array of a dtype that JAX has not; empty for one that it has."""
+    """The remedy for an array whose dtype JAX does not support. Empty if JAX supports it."""
     dtype = array.dtype
     if dtype.char not in "gG" and (dtype.kind == "b" or jnp.issubdtype(dtype, jnp.number)):
         return ""
@@ -113,9 +113,9 @@ def _dtype_remedy(array: Any) -> str:
 
 
 def parameters(params: PyTree, shapes: bool = True) -> PyTree:
-    """Params with every leaf an array or a number, converted where NumPy can; with `shapes`, or its shape.
+    """Convert every leaf of params to an array or a number. With `shapes`, `jax.ShapeDtypeStruct`s stay unchanged.
 
-    TypeError where one cannot be, is complex, or is state of a model that is not trained.
+    TypeError if a leaf cannot be converted, is complex, or is model state that is not trained.
     """
     _no_state(params)
 
@@ -141,7 +141,7 @@ def parameters(params: PyTree, shapes: bool = True) -> PyTree:
 
 
 def _no_state(params: PyTree) -> None:
-    """TypeError where the state of a model or an optimizer, as Flax keeps it, is among the parameters."""
+    """TypeError if the parameters contain model or optimizer state, as Flax keeps it."""
     if hasattr(params, "opt_state") and hasattr(params, "params"):
         raise TypeError(f"Expected params, got a {type(params).__name__}; take its .params.")
     if isinstance(params, Mapping) and "params" in params:
@@ -162,7 +162,7 @@ def _no_state(params: PyTree) -> None:
 
 
 def _variable_kind(leaf: Any) -> str:
-    """The kind of a variable of Flax NNX, "Variable" for one that may be trained; empty for anything else."""
+    """The kind of a Flax NNX variable. "Variable" if it may be trained; empty for any other leaf."""
     names = [each.__name__ for each in type(leaf).__mro__ if each.__module__.startswith("flax.")]
     if "Variable" not in names:
         return ""

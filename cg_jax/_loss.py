@@ -1,4 +1,4 @@
-"""What a loss_fn must be: one real scalar that depends on params, whatever kind of callable gives it."""
+"""Checks of loss_fn: any callable that returns one real scalar that depends on params."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from cg_jax import _compat, _validate, trees
+from cg_jax._types import PyTree
 
-PyTree = Any
 LossFn = Callable[..., Any]
 
 ONE_EXAMPLE = "the loss of ONE example (no batch axis)"
 
 
 def with_state(loss_fn: LossFn, state: PyTree) -> LossFn:
-    """loss_fn of params and example alone, given `state` as its third argument unless that is None."""
+    """loss_fn as a function of params and example. If `state` is not None, pass it as the third argument."""
     return loss_fn if state is None else lambda params, example: loss_fn(params, example, state)
 
 
 def checked_pair(
     loss_fn: LossFn, rest: PyTree, what: str = ONE_EXAMPLE, has_aux: bool = False
 ) -> Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]:
-    """(loss, auxiliary values or None) by the differentiable leaves alone, `rest` put back.
+    """The function (differentiable leaves, example) → (loss, auxiliary values or None). It adds `rest` back.
 
-    TypeError, when traced, unless the loss is one scalar.
+    Raises TypeError when traced unless the loss is one scalar.
     """
 
     def pair(kept: PyTree, example: PyTree) -> tuple[jax.Array, PyTree]:
@@ -42,7 +42,7 @@ def checked_pair(
 
 
 def checked_loss(loss_fn: LossFn, rest: PyTree, what: str = ONE_EXAMPLE, has_aux: bool = False) -> LossFn:
-    """The same without auxiliary values: loss(kept, example) → scalar."""
+    """Like `checked_pair`, without auxiliary values: loss(kept, example) → scalar."""
     pair = checked_pair(loss_fn, rest, what, has_aux)
     return lambda kept, example: pair(kept, example)[0]
 
@@ -53,18 +53,18 @@ def example_of(batch: PyTree) -> PyTree:
 
 
 def has_empty(tree: PyTree) -> bool:
-    """Whether any array has no entry. JAX then leaves out operations, on the way from a parameter too."""
+    """Whether any array is empty. JAX then drops operations, including those between a parameter and the loss."""
     return any(np.size(leaf) == 0 for leaf in jax.tree.leaves(tree))
 
 
 def require_dependence(loss_fn: LossFn, params: PyTree, batch: PyTree, has_aux: bool = False) -> Any:
-    """The jaxpr of loss_fn; ValueError unless it reads a differentiable leaf of params on the way to its result."""
+    """The jaxpr of loss_fn. ValueError unless its result depends on a differentiable leaf of params."""
     kept, rest = trees.partition(params)
     return require_dependence_on(checked_loss(loss_fn, rest, has_aux=has_aux), kept, example_of(batch))
 
 
 def require_dependence_on(loss: LossFn, kept: PyTree, data: PyTree) -> Any:
-    """The same of a loss of differentiable leaves and whatever it takes beside them."""
+    """Like `require_dependence`, for a loss of the differentiable leaves and other data."""
     _validate.something_to_differentiate(kept)
     jaxpr = jax.make_jaxpr(loss)(kept, data).jaxpr
     reached = set(jaxpr.invars[: len(jax.tree.leaves(kept))])
@@ -77,13 +77,13 @@ def require_dependence_on(loss: LossFn, kept: PyTree, data: PyTree) -> Any:
 
 
 def each_devices_own(loss_fn: LossFn, params: PyTree, batch: PyTree, has_aux: bool = False) -> PyTree:
-    """Params that vary over the axes of an enclosing shard_map that the batch, or the loss, varies over.
+    """Mark params as varying over the axes of an enclosing shard_map that the batch or the loss varies over.
 
-    Gradients with respect to what is the same on all devices are summed over them. An axis over which the loss is the
-    same, as after a psum over the parts of a layer, is left alone.
+    JAX sums gradients with respect to replicated values over the devices. An axis over which the loss is replicated,
+    for example after a psum over the shards of a layer, is not changed.
     """
     axes = _compat.varying_axes(batch)
-    # Another leaf of params may be each device's own, or what loss_fn captured.
+    # Another leaf of params, or a value that loss_fn captured, may differ between devices.
     if _compat.tracked_axes() - axes:
         kept, rest = trees.partition(params)
         loss = jax.eval_shape(checked_loss(loss_fn, rest, has_aux=has_aux), kept, example_of(batch))

@@ -1,4 +1,4 @@
-"""The one builder of public functions of (params, batch): checks, compilation, Explicit axes, shardings of outputs."""
+"""Build public functions of (params, batch): checks, compilation, Explicit axes, output shardings."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,20 +11,20 @@ from jax.sharding import PartitionSpec
 from cg_jax import _validate, trees
 from cg_jax._compiled import Compiled, programs_of
 from cg_jax._loss import LossFn, with_state
+from cg_jax._types import PyTree
 from cg_jax.sharding.explicit_axes import with_auto_axes
 
-PyTree = Any
-# (the value of an argument, params, B) → its value as arrays; raises where it does not fit
+# (the value of an argument, params, B) → its value as arrays; raises if it is invalid
 Check = Callable[[Any, PyTree, int], Any]
 
 
 class PerBatch:
-    """A function of (params, batch) for each loss, from a body that computes it.
+    """Build a function of (params, batch) for each loss from a body.
 
     The body is (loss_fn, params, batch, **arguments, **options) → (result, auxiliary values or None). Arguments are
-    arrays, which `checks` convert; options are static. Its name, less a leading underscore, is that of the public
-    function. `specs` is (specs of the parameters, the axes that the examples are sharded over, **options) → specs of
-    the pair: the shardings of the outputs on a mesh with Explicit axes.
+    arrays, converted by `checks`. Options are static. The body's name without its leading underscore is the name of the
+    public function. `specs` is (specs of the parameters, the axes that the examples are sharded over, **options) →
+    specs of the pair. They shard the outputs on a mesh with Explicit axes.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ def mask_of(mask: Any, params: PyTree, size: int) -> jax.Array | None:
 
 
 def direction_of(direction: Any, params: PyTree, size: int) -> PyTree:
-    """A direction like the differentiable leaves of params."""
+    """A direction with the structure of the differentiable leaves of params."""
     del size
     direction = _validate.arrays("direction", direction)
     kept, rest = trees.partition(params)
@@ -78,6 +78,6 @@ def direction_of(direction: Any, params: PyTree, size: int) -> PyTree:
 
 
 def rows_specs(params: PyTree, rows: Any, **_: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    """The result has a leading axis of examples and no other that is sharded; so have the auxiliary values."""
+    """Specs of results and auxiliary values whose leading axis, the examples, is the only sharded axis."""
     del params
     return PartitionSpec(rows), PartitionSpec(rows)

@@ -1,4 +1,4 @@
-"""Argument checks. One message style: what was expected (name and bound), then what came, then the remedy."""
+"""Argument checks. Every message gives the expectation (name and bound), then the value, then the remedy."""
 
 import operator
 from collections.abc import Collection
@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cg_jax._leaves import arrays, parameters
-
-PyTree = Any
+from cg_jax._types import PyTree
 
 
 def shown(name: str, value: Any) -> str:
-    """name=value in one line, or the type of a value that takes more."""
+    """name=value if it fits on one line, else the type of the value."""
     text = repr(value) if isinstance(value, str | bytes | int | float | complex | np.generic | None) else ""
     return f"{name}={text}" if 0 < len(text) <= 80 else f"{name} of type {type(value).__name__}"
 
@@ -37,7 +36,7 @@ def max_bytes(value: int | None) -> None:
 
 
 def one_of(name: str, value: str, choices: Collection[str], remedy: str = "") -> str:
-    """`value`, or ValueError unless it is one of `choices`; with the remedy if it is no string."""
+    """`value`, or ValueError unless it is one of `choices`. The remedy is for values that are not strings."""
     if not isinstance(value, str) or value not in choices:
         remedy = f"; {remedy}" if remedy and not isinstance(value, str) else ""
         raise ValueError(f"Expected {name} in {sorted(choices)}, got {shown(name, value)}{remedy}.")
@@ -53,7 +52,7 @@ def divides(name: str, k: int, total_name: str, total: int) -> None:
 
 
 def leading_axis(name: str, tree: PyTree) -> int:
-    """The leading axis that all leaves of `tree` share; ValueError if they share none or it is empty."""
+    """The size of the leading axis that all leaves of `tree` share. ValueError if there is none or it is 0."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
         raise ValueError(f"Expected {name} to hold at least one array, got {tree!r}.")
@@ -75,7 +74,7 @@ def leading_axis(name: str, tree: PyTree) -> int:
 
 
 def leading_axis_after(params: PyTree, name: str, tree: PyTree) -> int:
-    """`leading_axis` of an argument that comes after params; an error says so where the two may be swapped."""
+    """`leading_axis` of an argument that comes after params. The error says so if the two may be swapped."""
     try:
         return leading_axis(name, tree)
     except ValueError as error:
@@ -85,7 +84,7 @@ def leading_axis_after(params: PyTree, name: str, tree: PyTree) -> int:
 
 
 def arguments(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, int]:
-    """(params, batch, B) as arrays; TypeError or ValueError unless they are, and batch has a leading axis B."""
+    """(params, batch, B) as arrays. TypeError or ValueError if a leaf is not, or batch has no leading axis B."""
     params, batch = parameters(params, shapes=False), arrays("batch", batch)
     return params, batch, leading_axis_after(params, "batch", batch)
 
@@ -101,7 +100,7 @@ def mask_shape(mask: Any, batch_size: int) -> None:
 
 
 def scalar_loss(out: PyTree, what: str) -> None:
-    """TypeError unless `out`, what loss_fn returned, is one real floating-point scalar."""
+    """TypeError unless `out`, the result of loss_fn, is one real floating-point scalar."""
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0] is not out or out.shape != ():
         shapes = jax.tree.map(lambda leaf: getattr(leaf, "shape", leaf), out)
@@ -122,7 +121,7 @@ def transformation(name: str, value: Any) -> None:
     """TypeError unless `value` is an optax transformation: an object with functions `init` and `update`."""
     try:
         complete = not isinstance(value, type) and callable(value.init) and callable(value.update)
-    except TypeError:  # a rule of ours, which says so itself
+    except TypeError:  # a rule of cg_jax, whose own message is better
         raise
     except AttributeError:
         complete = False
@@ -139,7 +138,7 @@ def floating(name: str, dtype: Any) -> None:
 
 
 def something_to_differentiate(kept: PyTree) -> None:
-    """ValueError if there is no leaf among the differentiable leaves of params."""
+    """ValueError if params has no differentiable leaf."""
     if not jax.tree.leaves(kept):
         raise ValueError(
             "Expected params to hold at least one floating-point array, got none; nothing to differentiate."
@@ -168,13 +167,13 @@ def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> Non
 
 
 def pair(out: Any) -> None:
-    """TypeError unless `out`, what loss_fn returned with has_aux=True, is (loss, auxiliary values)."""
+    """TypeError unless `out`, the result of loss_fn with has_aux=True, is (loss, auxiliary values)."""
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError(f"Expected loss_fn to return (loss, aux) with has_aux=True, got {_described(out)}.")
 
 
 def no_pair(out: Any, what: str) -> None:
-    """TypeError where `out`, what loss_fn returned without has_aux, looks like (loss, auxiliary values)."""
+    """TypeError if `out`, the result of loss_fn without has_aux, looks like (loss, auxiliary values)."""
     if isinstance(out, tuple | list) and len(out) == 2:
         raise TypeError(
             f"Expected loss_fn to return one scalar, {what}, got shape {_described(out)}; to return (loss, aux), pass "
@@ -183,5 +182,5 @@ def no_pair(out: Any, what: str) -> None:
 
 
 def _described(out: Any) -> Any:
-    """The shapes of what a loss returned."""
+    """The shapes of the result of a loss."""
     return jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), out)

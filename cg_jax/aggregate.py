@@ -1,8 +1,9 @@
-"""Optax transformations: any rule (`cg_jax.rules`) on any source of k gradients.
+"""Optax transformations that apply any rule (`cg_jax.rules`) to k gradients.
 
-The source is what differs: k gradients at once (`stacked`), k calls (`consecutive`), or the last k calls (`rolling`).
-Weight decay and momentum compose outside, with `optax.chain`. The papers added the decay to every gradient before the
-median, and used no momentum: `optax.chain(optax.add_decayed_weights(c), cg.rm3(), optax.sgd(lr))`.
+The transformations differ in the source of the k gradients: all at once (`stacked`), from k calls (`consecutive`), or
+from the last k calls (`rolling`). Weight decay and momentum compose with them in `optax.chain`. The papers added the
+decay to every gradient before the median and used no momentum:
+`optax.chain(optax.add_decayed_weights(c), cg.rm3(), optax.sgd(lr))`.
 """
 
 from typing import Any, NamedTuple
@@ -14,9 +15,8 @@ from optax.experimental import aggregating
 
 from cg_jax import _compat, _validate, incoming
 from cg_jax import slots as memory
+from cg_jax._types import PyTree
 from cg_jax.rules import Rule, applied, mean, median, require_rule
-
-PyTree = Any
 
 _STACK = "stack k gradients, as cg_jax.micro_batch_grads(loss_fn, k) does, or leave out stacked for one"
 
@@ -43,29 +43,30 @@ def _stacked(rule: Rule, k: int | None, partial: bool, name: str) -> aggregating
 
 
 def stacked(rule: Rule, *, partial: bool = False) -> aggregating.Aggregator:
-    """The transformation whose updates arrive as [k, *shape] and leave as rule(updates), [*shape].
+    """A transformation that turns updates [k, *shape] into rule(updates), [*shape].
 
-    The state is empty. It comes first in `optax.chain`; before it only stateless transformations mapped over k, and
-    wrappers that accumulate (`optax.MultiSteps`, `optax.apply_if_finite`) go around what comes after it. It also stands
-    before `optax.masked` and `optax.partition` (`multi_transform`), not inside: leaves that those hide from it would
-    stay [k, *shape]. It is also the aggregator of `optax.experimental.aggregating.process`. `micro_batch_grads` makes
-    such updates.
+    The state is empty. Put it first in `optax.chain`. Only stateless transformations mapped over k may come before it.
+    Wrappers that accumulate (`optax.MultiSteps`, `optax.apply_if_finite`) wrap the transformations after it. Put it
+    before `optax.masked` and `optax.partition` (`multi_transform`), not inside them: leaves that they hide from it
+    would stay [k, *shape]. It also works as the aggregator of `optax.experimental.aggregating.process`.
+    `micro_batch_grads` computes such updates.
 
-    Pass `params` to `update`, and shapes are compared with it. What comes before `stacked` or in its place is out of
-    its sight: `checked` finds k gradients that meet an optimizer without `stacked`, or with a state before it.
+    If `params` is passed to `update`, shapes are compared with it. `stacked` cannot see the transformations before it,
+    or an optimizer that lacks it. `checked` detects both: k gradients that reach an optimizer without `stacked`, and a
+    transformation with a state before `stacked`.
 
     Args:
-        rule: A function [k, *shape] → [*shape], as `cg_jax.median()`.
-        partial: Inside `optax.partition`, where another `stacked` takes the other leaves.
+        rule: A function [k, *shape] → [*shape], such as `cg_jax.median()`.
+        partial: Allow masked leaves: for use inside `optax.partition` where another `stacked` takes the other leaves.
 
     Returns:
-        An `optax.experimental.aggregating.Aggregator`, which is a `GradientTransformationExtraArgs`. None stays None,
-        but becomes zero where `params` has an integer leaf, so that `optax.apply_updates` can add it.
+        An `optax.experimental.aggregating.Aggregator`, which is a `GradientTransformationExtraArgs`. None stays
+        None. If `params` has an integer leaf there, None becomes zero so that `optax.apply_updates` can add it.
 
     Raises:
-        TypeError: rule is no function of k values.
-        ValueError: When it meets updates whose leading axes disagree or are absent, that are not [k, *shape] of
-            `params`, masked (unless partial) or no floats; or the rule makes another shape.
+        TypeError: rule is not a function of k values.
+        ValueError: At an update: leading axes disagree or are missing, updates are not [k, *shape] of `params`, are
+            masked (unless partial) or are not floating, or the rule returns another shape.
 
     Examples:
         >>> import jax, optax, cg_jax as cg
@@ -78,13 +79,13 @@ def stacked(rule: Rule, *, partial: bool = False) -> aggregating.Aggregator:
 
 
 def median_of_k(k: int) -> aggregating.Aggregator:
-    """`stacked(median())` that checks k: the coordinate-wise median of k gradients that arrive as [k, *shape].
+    """The coordinate-wise median of k gradients [k, *shape]: `stacked(median())` that checks k.
 
     Args:
         k: Number of gradients, ≥ 1.
 
     Raises:
-        ValueError: k < 1; when it meets updates, a leading axis other than k, and as for `stacked`.
+        ValueError: k < 1. At an update: a leading axis other than k, and the errors of `stacked`.
 
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
@@ -110,30 +111,31 @@ class ConsecutiveState(NamedTuple):
 def consecutive(
     rule: Rule, k: int, optimizer: optax.GradientTransformation, *, accumulator_dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation that takes a step of `optimizer` on rule(the last k gradients) at every k-th call.
+    """A transformation that takes a step of `optimizer` on rule(the last k gradients) at every k-th call.
 
-    In between the updates are zero and the optimizer's state stays as it is, so that k calls are one step; count its
-    learning-rate schedule in such steps. It takes raw gradients: in a chain only stateless transformations come before
-    it, and the optimizer inside it, not around or before it (`checked` refuses that order).
+    At all other calls the updates are zero and the optimizer's state does not change. So k calls are one step, and the
+    learning-rate schedule counts such steps. The transformation takes raw gradients. In a chain, only stateless
+    transformations may come before it. The optimizer goes inside it, not around or before it (`checked` rejects that
+    order).
 
     Args:
-        rule: A function [k, *shape] → [*shape], as `cg_jax.median()`.
+        rule: A function [k, *shape] → [*shape], such as `cg_jax.median()`.
         k: Calls for one step, ≥ 1.
         optimizer: Any optax transformation.
         accumulator_dtype: The dtype of the stored gradients; by default float32, or float64 for float64 parameters. A
-            narrower one, as bfloat16, saves memory and rounds.
+            narrower one, such as bfloat16, saves memory and rounds.
 
     Returns:
-        A `GradientTransformationExtraArgs`. Its state is `ConsecutiveState`: k − 1 stored gradients, sharded as the
-        parameters are, and the optimizer's state. The aggregate has the gradients' dtype. None, for a leaf without a
-        gradient, stays None, but becomes zero where `params` has an integer leaf, so that `optax.apply_updates` can add
-        it.
+        A `GradientTransformationExtraArgs`. Its state is `ConsecutiveState`: k − 1 stored gradients, sharded like the
+        parameters, and the optimizer's state. The aggregate has the gradients' dtype. None, for a leaf without a
+        gradient, stays None. If `params` has an integer leaf there, None becomes zero so that `optax.apply_updates`
+        can add it.
 
     Raises:
-        TypeError: rule is no function of k values, optimizer no optax transformation, or accumulator_dtype no floating
-            dtype.
-        ValueError: k < 1; when it meets gradients, another structure or shapes than at init or in `params` (k stacked
-            gradients), a dtype wider than the slots', or a rule that makes another shape.
+        TypeError: rule is not a function of k values, optimizer is not an optax transformation, or accumulator_dtype is
+            not a floating dtype.
+        ValueError: k < 1. At an update: a structure or shapes other than at init or in `params` (k stacked gradients),
+            a dtype wider than the slots', or a rule that returns another shape.
 
     Examples:
         >>> import jax, optax, cg_jax as cg
@@ -191,27 +193,28 @@ class RollingState(NamedTuple):
 
 
 def rolling(rule: Rule, k: int, *, accumulator_dtype: Any = None) -> optax.GradientTransformationExtraArgs:
-    """The transformation that turns each gradient into rule(it and the k − 1 before it); a step at every call.
+    """A transformation that replaces each gradient by rule(this gradient and the k − 1 before it), at every call.
 
-    Before k gradients were seen the gradient passes through unchanged. (The papers' code waits for k instead.) The rule
-    must not depend on the order of its values. It takes raw gradients: in a chain only stateless transformations come
-    before it, and the optimizer after it (`checked` refuses the other order).
+    During warm-up, before k gradients have arrived, the gradient passes through unchanged. (The papers' code waits for
+    k instead.) The rule must not depend on the order of its values. The transformation takes raw gradients. In a chain,
+    only stateless transformations may come before it, and the optimizer comes after it (`checked` rejects the other
+    order).
 
     Args:
-        rule: A function [k, *shape] → [*shape], as `cg_jax.median()`.
+        rule: A function [k, *shape] → [*shape], such as `cg_jax.median()`.
         k: Number of gradients that the rule sees, ≥ 1.
         accumulator_dtype: The dtype of the stored gradients; by default float32, or float64 for float64 parameters. A
-            narrower one, as bfloat16, saves memory and rounds.
+            narrower one, such as bfloat16, saves memory and rounds.
 
     Returns:
-        A `GradientTransformationExtraArgs` to chain before an optimizer. Its state is `RollingState`: the memory of
-        k − 1 gradients, sharded as the parameters are and reused where the state is donated. The result has the
-        gradients' dtype. None, for a leaf without a gradient, is treated as by `consecutive`.
+        A `GradientTransformationExtraArgs` to chain before an optimizer. Its state is `RollingState`: k − 1 stored
+        gradients, sharded like the parameters. Their memory is reused if the state is donated. The result has the
+        gradients' dtype. None, for a leaf without a gradient, is handled as in `consecutive`.
 
     Raises:
-        TypeError: rule is no function of k values, or accumulator_dtype no floating dtype.
-        ValueError: k < 1; when it meets gradients, another structure or shapes than at init or in `params` (k stacked
-            gradients), a dtype wider than the slots', or a rule that makes another shape.
+        TypeError: rule is not a function of k values, or accumulator_dtype is not a floating dtype.
+        ValueError: k < 1. At an update: a structure or shapes other than at init or in `params` (k stacked gradients),
+            a dtype wider than the slots', or a rule that returns another shape.
 
     Examples:
         >>> import jax, cg_jax as cg

@@ -1,4 +1,4 @@
-"""The examples of a measurement as batches of one shape: from arrays on host or devices, or from an iterable."""
+"""Batches of one shape for a measurement, from host arrays, device arrays or an iterable."""
 
 import dataclasses
 import functools
@@ -14,34 +14,33 @@ from jax.sharding import PartitionSpec
 
 from cg_jax import _validate
 from cg_jax._data import is_arrays
+from cg_jax._types import PyTree
 from cg_jax.sharding import Layout, OnMesh
 from cg_jax.sharding.explicit_axes import auto_arrays
 
-PyTree = Any
 
-
-class Batch(NamedTuple):
+class PaddedBatch(NamedTuple):
     """One batch, padded to the common size by repeating a row."""
 
     rows: PyTree  # leaves [batch_size, ...]
     ids: Any  # int32 [batch_size]: index of each example in its process's data, −1 where padded
-    sizes: tuple[int, ...]  # how many examples each process gave
+    sizes: tuple[int, ...]  # the number of examples from each process
 
 
 class Batches(NamedTuple):
     """The batches of a measurement."""
 
-    batches: Iterator[Batch]
-    number: int | None  # how many, where it is known
-    share: int  # examples of a whole batch that each process gives
+    batches: Iterator[PaddedBatch]
+    number: int | None  # of batches, if known
+    share: int  # examples that each process gives to a whole batch
 
-    def is_whole(self, batch: Batch) -> bool:
-        """Whether no row of the batch is padding."""
+    def is_whole(self, batch: PaddedBatch) -> bool:
+        """Whether the batch has no padding."""
         return all(size == self.share for size in batch.sizes)
 
 
 def batches_of(data: Any, batch_size: int, layout: Layout, whole: bool) -> Batches:
-    """The batches of `data`, on the devices of the layout. With `whole`, only those that are."""
+    """The batches of `data`, on the devices of the layout. With `whole`, only whole batches."""
     data = auto_arrays(data) if is_arrays(data) else data
     if is_arrays(data) and isinstance(layout, OnMesh) and layout.holds(data):
         return _device_batches(data, _validate.leading_axis("data", data), batch_size, layout, whole)
@@ -58,7 +57,7 @@ def batches_of(data: Any, batch_size: int, layout: Layout, whole: bool) -> Batch
 
 
 class _Shape(NamedTuple):
-    """How many rows a process gives to a batch."""
+    """The number of rows that a process gives to a batch."""
 
     share: int  # of a whole batch
     local: int  # devices along the data axis that the process feeds
@@ -68,28 +67,28 @@ class _Shape(NamedTuple):
         return cls(-(-batch_size // layout.num_shards) * layout.local_shards, layout.local_shards)
 
     def rows(self, most: int) -> int:
-        """The rows that hold `most` examples, the same number for each device; at most those of a whole batch."""
+        """The number of rows for `most` examples: the same on each device, and at most a whole batch."""
         return min(self.share, -(-most // self.local) * self.local)
 
 
 def _length(data: Any) -> int | None:
-    """How many batches an iterable has, if it knows."""
+    """The number of batches of an iterable, if known."""
     try:
         return len(data)
-    except (TypeError, NotImplementedError):  # loaders of streams have a length, and raise when asked
+    except (TypeError, NotImplementedError):  # loaders of streams define a length that raises
         return None
 
 
-def _put(layout: Layout, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _put(layout: Layout, batches: Iterator[PaddedBatch]) -> Iterator[PaddedBatch]:
     for batch in batches:
         rows, ids = layout.put((batch.rows, batch.ids))
-        yield Batch(rows, ids, batch.sizes)
+        yield PaddedBatch(rows, ids, batch.sizes)
 
 
 def _agreed(next_rows: Callable[[], tuple[int, PyTree]], batch_size: int, several: bool) -> tuple[int, np.ndarray]:
-    """(how many examples this process has next, how many every process has), given those and the rows themselves.
+    """(number of examples that this process has next, the numbers of all processes); `next_rows` gives number and rows.
 
-    An error in one process is raised in all: the others would wait for it. So is one of processes that do not agree.
+    An error in one process is raised in all, since the others would wait for it. Processes that disagree also raise.
     """
     if not several:
         size, _ = next_rows()
@@ -115,21 +114,21 @@ def _agreed(next_rows: Callable[[], tuple[int, PyTree]], batch_size: int, severa
 
 
 def _row_type(leaf: Any) -> str:
-    """Dtype and shape of one row, as they will be on a device."""
+    """Dtype and shape of one row on a device."""
     return f"{jax.dtypes.canonicalize_dtype(leaf.dtype)}{list(leaf.shape[1:])}"
 
 
-def _pad(rows: PyTree, start: int, size: int, share: int, sizes: tuple[int, ...]) -> Batch:
-    """`size` ≥ 1 rows, the last of them repeated up to `share`, so that one shape compiles."""
+def _pad(rows: PyTree, start: int, size: int, share: int, sizes: tuple[int, ...]) -> PaddedBatch:
+    """Pad `size` rows to `share` by repeating the last one, so that one shape compiles."""
     places = np.arange(share)
     if jax.tree.leaves(rows)[0].shape[0] < share:
         last = jax.tree.leaves(rows)[0].shape[0] - 1
         rows = jax.tree.map(lambda leaf: leaf[np.minimum(places, last)], rows)
-    return Batch(rows, np.where(places < size, start + places, -1).astype(np.int32), sizes)
+    return PaddedBatch(rows, np.where(places < size, start + places, -1).astype(np.int32), sizes)
 
 
-def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> Iterator[Batch]:
-    """The batches of arrays with leading axis `size`; as many as the process with the most examples has."""
+def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> Iterator[PaddedBatch]:
+    """The batches of arrays with leading axis `size`. Every process gives as many as the one with the most examples."""
     for start in range(0, int(sizes.max()), share):
         lo, hi = min(start, size - 1), min(start + share, size)
         rows = _validate.arrays("data", jax.tree.map(lambda leaf, lo=lo, hi=hi: leaf[lo:hi], data))
@@ -137,11 +136,11 @@ def _array_batches(data: PyTree, size: int, share: int, sizes: np.ndarray) -> It
         yield _pad(rows, start, max(size - start, 0), share, now)
 
 
-def _iterable_batches(data: Iterable[PyTree], shape: _Shape, batch_size: int, several: bool) -> Iterator[Batch]:
-    """The batches of an iterable. Of several processes, one that has run out repeats its last rows, masked.
+def _iterable_batches(data: Iterable[PyTree], shape: _Shape, batch_size: int, several: bool) -> Iterator[PaddedBatch]:
+    """The batches of an iterable. With several processes, one that has run out repeats its last rows, masked.
 
-    They are padded to the first one; to a larger one when it comes, and then by at least twice, since each size is
-    compiled.
+    Batches are padded to the size of the first. When a larger one comes, the padded size at least doubles, since each
+    size is compiled.
     """
     start, rows, padded, iterator = 0, None, 0, iter(data)
     limit = shape.share if several else batch_size
@@ -178,8 +177,8 @@ def _iterable_batches(data: Iterable[PyTree], shape: _Shape, batch_size: int, se
 
 
 def _device_batches(data: PyTree, size: int, batch_size: int, layout: OnMesh, whole: bool) -> Batches:
-    """The batches of arrays on devices. Of whole ones each is of consecutive examples; else each device takes its own
-    examples, wherever they stand, and nothing is moved.
+    """The batches of arrays on devices. Whole batches are of consecutive examples. Otherwise each device takes its own
+    examples, in any order, and no data moves.
     """
     sizes: list[int]
     if whole:
@@ -192,22 +191,24 @@ def _device_batches(data: PyTree, size: int, batch_size: int, layout: OnMesh, wh
         cutter = _Cut(layout, size, each, chunk)
         sizes = [cutter.valid(step) for step in range(-(-each // chunk))]
         arranged, cut = _over_shards(layout, each, data), functools.partial(_own_rows, cutter)
-    odd = size % batch_size if whole else 0
-    return Batches(_cut_all(cut, arranged, sizes, odd), len(sizes), batch_size)
+    remainder = size % batch_size if whole else 0
+    return Batches(_cut_all(cut, arranged, sizes, remainder), len(sizes), batch_size)
 
 
-def _cut_all(cut: Callable[..., tuple[PyTree, jax.Array]], data: PyTree, sizes: list[int], odd: int) -> Iterator[Batch]:
-    """The batches that `cut` makes of data on devices, and one of nothing that counts the odd rest."""
+def _cut_all(
+    cut: Callable[..., tuple[PyTree, jax.Array]], data: PyTree, sizes: list[int], remainder: int
+) -> Iterator[PaddedBatch]:
+    """The batches that `cut` makes of data on devices, and an empty one that counts the remainder."""
     for step, size in enumerate(sizes):
         rows, ids = cut(data, np.int32(step))
-        yield Batch(rows, ids, (size,))
-    if odd:
-        yield Batch(None, None, (odd,))
+        yield PaddedBatch(rows, ids, (size,))
+    if remainder:
+        yield PaddedBatch(None, None, (remainder,))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _in_whole_batches(layout: OnMesh, batch_size: int, data: PyTree) -> PyTree:
-    """[number, batch_size, ...], each batch divided over the data axis; the odd rest left out."""
+    """[number, batch_size, ...], each batch sharded over the data axis. The remainder is dropped."""
     spec = PartitionSpec(None, layout.axis)
 
     def arrange(leaf: jax.Array) -> jax.Array:
@@ -229,7 +230,7 @@ def _one_of(layout: OnMesh, batch_size: int, arranged: PyTree, step: jax.Array) 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _over_shards(layout: OnMesh, each: int, data: PyTree) -> PyTree:
-    """Leaves with `each` rows on every device of the data axis, the last row repeated where they do not divide."""
+    """Leaves with `each` rows on every device of the data axis, padded by repeating the last row."""
 
     def spread(leaf: jax.Array) -> jax.Array:
         missing = each * layout.num_shards - leaf.shape[0]
@@ -242,7 +243,7 @@ def _over_shards(layout: OnMesh, each: int, data: PyTree) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """Each device's own `each` examples of `size` in all, `chunk` at a time."""
+    """A cut of `size` examples: each device has `each` of them and takes `chunk` at a time."""
 
     layout: OnMesh
     size: int
@@ -250,7 +251,7 @@ class _Cut:
     chunk: int
 
     def valid(self, step: int) -> int:
-        """How many examples are in the batches of this step."""
+        """The number of valid examples in the batch of this step."""
         starts = np.arange(self.layout.num_shards) * self.each + step * self.chunk
         ends = np.minimum(starts + self.chunk, (np.arange(self.layout.num_shards) + 1) * self.each)
         return int(np.clip(np.minimum(ends, self.size) - starts, 0, None).sum())
@@ -258,7 +259,7 @@ class _Cut:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _own_rows(cut: _Cut, data: PyTree, step: jax.Array) -> tuple[PyTree, jax.Array]:
-    """(rows, ids) of one batch: a chunk of every device's own examples. The last chunk overlaps the one before."""
+    """(rows, ids) of one batch: a chunk of the examples of each device. The last chunk overlaps the one before it."""
     axis = cut.layout.axis
 
     def local(data: PyTree, step: jax.Array) -> tuple[PyTree, jax.Array]:

@@ -1,4 +1,4 @@
-"""Theorem 1 of the Coherent Gradients theory: coherence along the way bounds the generalisation gap."""
+"""Theorem 1 of the Coherent Gradients theory: coherence during training bounds the generalisation gap."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,23 +19,23 @@ def generalization_bound(
 ) -> float:
     """(L²/m) Σ_t [Π_{k>t} (1 + η_k β)] η_t √(2 (1 − α_t)), a bound on |expected test loss − expected training loss|.
 
-    After T steps of full-batch gradient descent with step sizes η_t on m examples, for losses that are L-Lipschitz and
-    β-smooth in the parameters; α_t is the population's coherence at the weights before step t. Computed in log space
-    and in float64. It is far from tight for networks: read it for its shape (early steps weigh most, coherent steps
-    cost nothing), not for its value.
+    The bound holds after T steps of full-batch gradient descent with step sizes η_t on m examples, for losses that are
+    L-Lipschitz and β-smooth in the parameters. α_t is the population's coherence at the weights before step t. It is
+    computed in log space and in float64. The bound is far from tight for networks. Use its shape (early steps weigh
+    most, coherent steps cost nothing), not its value.
 
     Args:
-        alphas: α_t, [T], each in [0, 1] to rounding. `Coherence.alpha_unbiased`, clipped to [0, 1], estimates it.
+        alphas: α_t, [T], each in [0, 1] up to rounding. `Coherence.alpha_unbiased`, clipped to [0, 1], estimates it.
         learning_rates: η_t ≥ 0, [T] or one number for all steps.
         lipschitz: L ≥ 0, in units of loss per unit of parameter.
         smoothness: β ≥ 0.
         num_examples: m ≥ 1.
 
     Returns:
-        The bound, in units of the loss; inf where it exceeds what float64 can hold.
+        The bound, in units of the loss. It is inf if it exceeds the range of float64.
 
     Raises:
-        ValueError: An argument outside its range, or learning_rates of other length than alphas.
+        ValueError: An argument is outside its range, or learning_rates and alphas differ in length.
 
     References:
         Theorem 1 of Chatterjee & Zielinski, On the Generalization Mystery in Deep Learning, 2022,

@@ -1,4 +1,4 @@
-"""A wrapper that finds silent changes of shape in an optimizer, whatever it is made of."""
+"""A wrapper that detects silent changes of shape in any optimizer."""
 
 from collections import OrderedDict
 from typing import Any
@@ -9,38 +9,37 @@ import numpy as np
 import optax
 
 from cg_jax import _validate, incoming
+from cg_jax._types import PyTree
 from cg_jax.aggregate import ConsecutiveState, RollingState
-
-PyTree = Any
 
 _STACKED = "put cg_jax.stacked(rule) or median_of_k(k) first in optax.chain, outside of optax.partition and masked"
 
 
 def checked(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, with errors where optax changes shapes in silence; costs nothing once compiled.
+    """The optimizer, with errors where optax silently changes shapes. The checks cost nothing once compiled.
 
-    optax.apply_updates broadcasts: with updates [k, *shape] parameters [*shape] become [k, *shape]. `stacked`,
-    `rolling`, `consecutive` and `across_devices` compare what they receive; only a wrapper sees what leaves, and what
-    stands beside or before them. It raises for
+    optax.apply_updates broadcasts: with updates [k, *shape], parameters [*shape] become [k, *shape]. `stacked`,
+    `rolling`, `consecutive` and `across_devices` check the updates that they receive. Only a wrapper sees the final
+    updates and the transformations beside or before them. It raises for
 
     - k stacked gradients in an optimizer without `stacked`, such as optax.sgd alone;
-    - leaves that `stacked` inside `optax.partition` (`multi_transform`) does not take, such as those of set_to_zero;
+    - leaves that `stacked` inside `optax.partition` (`multi_transform`) does not receive, such as those of set_to_zero;
     - `stacked`, `rolling` or `consecutive` after a transformation with a state of the parameters' shapes, such as adam;
-    - `across_devices` that was given gradients [1, *shape].
+    - `across_devices` that receives gradients [1, *shape].
 
-    What keeps no such state, as clipping and weight decay, may come before. A wrong order of stateless transformations
-    (`m3` after a plain `optax.sgd`) cannot be told.
+    Transformations without such a state, such as clipping and weight decay, may come before. It cannot detect a wrong
+    order of stateless transformations (`m3` after a plain `optax.sgd`).
 
     Args:
-        optimizer: Any optax transformation, the whole of it.
+        optimizer: Any complete optax transformation.
 
     Returns:
-        A `GradientTransformationExtraArgs` with the state of `optimizer`, whose `update` needs `params`.
+        A `GradientTransformationExtraArgs` with the state of `optimizer`, whose `update` requires `params`.
 
     Raises:
-        TypeError: optimizer is no optax transformation.
-        ValueError: At init, a wrong order; at an update, no params, updates that leave in other shapes than params
-            have, or a state whose shapes change.
+        TypeError: optimizer is not an optax transformation.
+        ValueError: At init: a wrong order. At an update: no params, final updates whose shapes differ from those of
+            params, or a state whose shapes change.
 
     Examples:
         >>> import jax, optax, cg_jax as cg
@@ -86,14 +85,14 @@ def _require_same_shapes(before: Any, after: Any) -> None:
 
 
 def _parts(state: Any) -> list[Any]:
-    """The states of the transformations of optax.chain or named_chain, in order; none for another state."""
+    """The states of the transformations of optax.chain or named_chain, in order. Empty for any other state."""
     if type(state) is tuple:
         return list(state)
     return list(state.values()) if isinstance(state, OrderedDict) else []
 
 
 def _require_order(state: Any, shapes: set[tuple[int, ...]]) -> None:
-    """ValueError if in a chain the state of `rolling` or `consecutive` comes after one of the parameters' shapes."""
+    """ValueError if in a chain a state of the parameters' shapes precedes that of `rolling` or `consecutive`."""
     before: str | None = None
     for part in _parts(state):
         ours = next((node for node in jax.tree.leaves(part, is_leaf=_is_ours) if _is_ours(node)), None)

@@ -1,7 +1,7 @@
 """A rule across devices at the traffic of an all-reduce: all_to_all, the rule on a tile, all_gather.
 
-To gather all n gradients of P bytes moves (n − 1) P to every device and keeps n P there. Instead each device is sent
-its tile of P/n bytes from every other, applies the rule to it, and sends the result around.
+Gathering all n gradients of P bytes moves (n − 1) P bytes to every device and stores n P there. Instead, each device
+receives its tile of P/n bytes from every other device, applies the rule to the tile, and sends the result to all.
 """
 
 import itertools
@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from cg_jax import _compat, _validate, incoming
+from cg_jax._types import PyTree
 from cg_jax.rules import Rule, applied, require_rule
-
-PyTree = Any
 
 _REMEDY = (  # without and with `stacked`
     "take g[0] of each leaf of micro_batch_grads(loss_fn, 1), or pass stacked=True for k gradients on every device",
@@ -25,40 +24,41 @@ _REMEDY = (  # without and with `stacked`
 
 
 def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.GradientTransformationExtraArgs:
-    """The transformation that turns the gradients of the n devices of an axis into rule(them), the same on all devices.
+    """A transformation that applies the rule to the gradients of the n devices of an axis. The result is replicated.
 
-    For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis name, on each device's own gradient. It
-    comes **first** in `optax.chain`; wrappers that keep or accumulate updates (`optax.MultiSteps`, `m3`) go around what
-    comes after it, for before it updates differ between devices, and so would a state that holds them: with
-    check_vma=False no error says so. The result is bit for bit that of gathering all gradients and applying the rule to
-    [n, *shape], but every device receives 2 P (n − 1)/n bytes instead of (n − 1) P, and holds at most 3 P instead of
-    n P, with P the bytes of one gradient (with `stacked`, k times that). The result varies over no axis: a training
-    step may return it with `out_specs=P()`. Pass `params` to `update`: updates are compared with it, shape by shape.
+    Use it inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis name, on the gradient of each device. Put it
+    **first** in `optax.chain`. Wrappers that store or accumulate updates (`optax.MultiSteps`, `m3`) wrap only the
+    transformations after it. Before it, updates differ between devices, and so would a state that holds them. With
+    check_vma=False there is no error for this.
 
-    Inside shard_map, `jax.grad` with respect to parameters that are the same on all devices is summed over them. For a
-    device's own gradient cast the parameters first, `jax.lax.pcast(params, axis_name, to="varying")`, or take
-    `micro_batch_grads`, which does. Make the shard_map manual over all axes of the mesh: parameters that the compiler
-    divides over a further axis would be gathered for the exchange.
+    The result is bit for bit that of gathering all gradients and applying the rule to [n, *shape]. But every device
+    receives 2 P (n − 1)/n bytes instead of (n − 1) P, and holds at most 3 P instead of n P. P is the bytes of one
+    gradient (with `stacked`, k times that). The result varies over no axis, so a training step may return it with
+    `out_specs=P()`. Pass `params` to `update` to compare the shapes of the updates with it.
 
-    Over an axis of a mesh of two, groups of devices count as one: average inside a group, and take the rule across
+    Inside shard_map, JAX sums `jax.grad` with respect to replicated parameters over the devices. For the gradient of
+    one device, cast the parameters first, `jax.lax.pcast(params, axis_name, to="varying")`, or use `micro_batch_grads`,
+    which does so. Make the shard_map manual over all axes of the mesh. Otherwise parameters that the compiler shards
+    over another axis are gathered for the exchange.
+
+    Over one axis of a mesh of two, groups of devices count as one: average inside a group, and apply the rule across
     groups. With `jax.lax.pmean(grads, "inner")` before it, 8 devices as 4 groups of 2 give the median of 4. With
-    stacked=True, k micro-batches on each of n devices give the rule of k n gradients. The papers' M3 is neither: its
-    three mini-batches are spread over all devices each, `pmean` of [3, *shape] and then `median_of_k(3)`.
+    stacked=True, k micro-batches on each of n devices give the rule of k n gradients. The papers' M3 is neither: each
+    of its three mini-batches is sharded over all devices, which is `pmean` of [3, *shape] and then `median_of_k(3)`.
 
     Args:
-        rule: A coordinate-wise function [k, *shape] → [*shape], as `cg_jax.median()`.
+        rule: A coordinate-wise function [k, *shape] → [*shape], such as `cg_jax.median()`.
         axis_name: The axis of the shard_map, pmap or vmap; one or several names.
-        stacked: The updates are [k, *shape], and the rule sees the k · n of all devices, device by device.
+        stacked: The updates are [k, *shape]. The rule receives all k · n of them, device by device.
 
     Returns:
         A `GradientTransformationExtraArgs` without state.
 
     Raises:
-        TypeError: rule is no function of k values.
-        ValueError: When it meets updates: outside of a shard_map, pmap or vmap over that axis; updates that are the
-            same on every device of the axis, where JAX tells (check_vma); where `params` is given, shapes other than
-            its own ([k, *shape] with stacked); with stacked, leading axes that disagree; a rule that does not make
-            [*shape] of [k, *shape].
+        TypeError: rule is not a function of k values.
+        ValueError: At an update: there is no shard_map, pmap or vmap over that axis; updates are replicated over the
+            axis, if JAX tracks this (check_vma); shapes differ from those of `params`, if given ([k, *shape] with
+            stacked); leading axes disagree (with stacked); the rule does not turn [k, *shape] into [*shape].
 
     References:
         Zielinski, Krishnan & Chatterjee, Weak and Strong Gradient Directions, 2020, https://arxiv.org/abs/2003.07422.
@@ -88,7 +88,7 @@ def across_devices(rule: Rule, axis_name: Any, stacked: bool = False) -> optax.G
         _check(updates, axis_name)
         leaves, structure = jax.tree.flatten(updates)
         out = list(leaves)
-        # One buffer for leaves of a dtype that vary over the same axes: together they would vary over all of those.
+        # One buffer per dtype and set of varying axes. Leaves of one buffer vary over all axes of any of them.
         kinds = [(jnp.result_type(leaf), _compat.varying_axes(leaf), leaf.size > 0) for leaf in leaves]
         for kind in dict.fromkeys(kinds):
             places = [i for i, each in enumerate(kinds) if each == kind]
@@ -131,7 +131,7 @@ def _plain_all_gather(tile: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def _of_one_kind(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacked: bool) -> list[jax.Array]:
-    """The rule over the devices, on one buffer of all leaves."""
+    """Apply the rule across the devices to one buffer that holds all leaves."""
     if not leaves[0].size:
         return [jnp.zeros(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype) for leaf in leaves]
     n, shapes = jax.lax.axis_size(axis_name), [leaf.shape[1:] if stacked else leaf.shape for leaf in leaves]
@@ -139,8 +139,8 @@ def _of_one_kind(rule: Rule, axis_name: Any, leaves: Sequence[jax.Array], stacke
     flat = jnp.concatenate([leaf.reshape(rows, -1) for leaf in leaves], axis=1)
     size = flat.shape[1]
     flat = jnp.pad(flat, ((0, 0), (0, -size % n)))
-    # Under vmap, pmap and check_vma=False JAX does not track what varies. vmap refuses the invarying gather below, and
-    # it cannot exchange what it does not know to differ.
+    # Under vmap, pmap and check_vma=False JAX does not track varying values. vmap rejects the invarying gather below,
+    # and it cannot exchange values that it takes for replicated.
     tracked = _compat.varying_axes(flat) >= set(_names(axis_name))
     flat = flat if tracked else jnp.where(jax.lax.axis_index(axis_name) >= 0, flat, flat)
     tile = jax.lax.all_to_all(flat, axis_name, split_axis=1, concat_axis=0, tiled=True)

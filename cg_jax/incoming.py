@@ -1,6 +1,6 @@
 """The updates that a transformation receives: their normal form, and checks against parameters.
 
-optax itself lets updates of other shapes pass: adding them to the parameters broadcasts, and the parameters grow.
+optax itself accepts updates of other shapes. Adding them to the parameters broadcasts, so the parameters grow.
 """
 
 from typing import Any
@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from cg_jax import trees
-
-PyTree = Any
+from cg_jax._types import PyTree
 
 
 def is_none(leaf: Any) -> bool:
@@ -21,7 +20,7 @@ def is_none(leaf: Any) -> bool:
 
 
 def arrays(updates: PyTree) -> PyTree:
-    """Updates as arrays; None for a leaf of dtype float0, JAX's gradient of an integer leaf."""
+    """Updates as arrays. A leaf of dtype float0, JAX's gradient of an integer leaf, becomes None."""
     return jax.tree.map(
         lambda leaf: None if getattr(leaf, "dtype", None) == jax.dtypes.float0 else jnp.asarray(leaf), updates
     )
@@ -35,7 +34,7 @@ def _is_whole(leaf: Any) -> bool:
 
 
 def with_zeros(updates: PyTree, params: PyTree) -> PyTree:
-    """Zeros in place of None where the parameter is an integer or boolean array: optax.apply_updates adds no None."""
+    """Replace None by zeros if the parameter is an integer or boolean array: optax.apply_updates cannot add None."""
     whole = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_whole(leaf)}
     if not whole:
         return updates
@@ -45,9 +44,9 @@ def with_zeros(updates: PyTree, params: PyTree) -> PyTree:
 
 
 def require_shapes(updates: PyTree, like: PyTree, remedy: str, stacked: bool = False) -> None:
-    """ValueError unless each update has its shape in `like`, after the axis of the k gradients if they are stacked.
+    """ValueError unless each update has its shape in `like`, after a leading axis k if stacked.
 
-    Leaves that only one of both has are left alone, for optax does not ask for like trees either.
+    Leaves that only one of the trees has are ignored, since optax does not require equal trees either.
     """
     shapes = {path: np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
@@ -72,7 +71,7 @@ def require_floating(updates: PyTree) -> None:
 
 
 def require_unmasked(updates: PyTree, name: str) -> None:
-    """ValueError if a wrapper, as optax.masked, hides leaves: they would go on as [k, *shape]."""
+    """ValueError if a wrapper such as optax.masked hides leaves. They would stay [k, *shape]."""
     leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
     for path, leaf in leaves:
         if isinstance(leaf, optax.MaskedNode):

@@ -1,4 +1,4 @@
-"""Coherence of a whole data set: batches of one shape are streamed through one compiled step, on a device or a mesh."""
+"""Coherence of a data set, streamed in batches through one compiled step, on one device or a mesh."""
 
 import contextlib
 import dataclasses
@@ -15,6 +15,7 @@ from cg_jax import _compat, _validate
 from cg_jax._compiled import programs_of
 from cg_jax._data import checked, is_arrays
 from cg_jax._loss import LossFn
+from cg_jax._types import PyTree
 from cg_jax.batches import batches_of
 from cg_jax.estimators import Estimator, estimator_of
 from cg_jax.metrics import Coherence
@@ -22,8 +23,6 @@ from cg_jax.moments import GradMoments
 from cg_jax.sharding import layout_of
 from cg_jax.sharding.explicit_axes import auto_context
 from cg_jax.stream import Inputs, Measurement, Setup
-
-PyTree = Any
 
 NONFINITE = ("raise", "skip", "propagate")
 
@@ -52,7 +51,7 @@ def _check_read_twice(data: Any) -> None:
 
 @contextlib.contextmanager
 def _note_on_lists(data: Any) -> Generator[None]:
-    """Beside an error of a loss that was given items of a list, what a list means."""
+    """Add a note about lists to an error of a loss that received items of a list."""
     try:
         yield
     except (TypeError, ValueError, IndexError) as error:
@@ -92,71 +91,68 @@ def measure_coherence(
 ) -> Coherence:
     """Coherence α = ‖Σ gᵢ‖² / (m Σ ‖gᵢ‖²) of all m examples of `data` at `params`, streamed in batches.
 
-    The exact result does not depend on batch_size or mesh but for rounding. One program is compiled for each (loss_fn,
-    shapes, mesh): pass the same function object again, for a fresh lambda compiles again.
+    The exact result does not depend on batch_size or mesh, except for rounding. One program is compiled for each
+    (loss_fn, shapes, mesh). Pass the same function object each time, since a new lambda compiles again.
 
-    On a mesh every device adds up the sums of its own examples, and one all-reduce of the size of the parameters ends
-    the measurement, whatever m is. Parameters stay as they lie: divided over another axis (tensor parallel) they are
-    never gathered, and the compiler divides the work; divided over the data axis (FSDP) they are gathered and their
-    sums scattered for every batch, which moves twice their size for each.
+    On a mesh, every device accumulates the sums of its own examples. One all-reduce of the size of the parameters ends
+    the measurement, for any m. Parameters keep their sharding. Sharded over another axis (tensor parallel), they are
+    never gathered, and the compiler divides the work. Sharded over the data axis (FSDP), they are gathered and their
+    sums scattered for every batch, which moves twice their size each time.
 
     Args:
-        loss_fn: As for `grad_moments`; for estimator "batch", loss_fn(params, batch) → the mean loss of a batch.
-        params: Any pytree of arrays; integer leaves are held fixed.
-        data: A pytree (tuple, dict, …) of host or device arrays that share a leading axis m, any m; or an iterable (a
-            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. What NumPy can read
-            (tensors of PyTorch and TensorFlow) is converted; a file that is read by slicing stays one. Of several
-            processes each gives its own part of the data, any m ≥ 1: arrays on the host, or its share of every batch,
-            at most batch_size / num_processes rows. An iterable then costs one small exchange between processes for
-            each batch.
-            All other arguments are the same in every process. An error that one process meets in its data is raised in
-            all; one that it meets elsewhere ends the others when it ends.
-        state: What loss_fn takes as its third argument and what is not differentiated, such as running averages: any
-            pytree of arrays, the same for all examples. New values compile nothing again, as new values that loss_fn
-            closes over would.
-        has_aux: loss_fn returns (loss, aux), as for `jax.value_and_grad`; aux is dropped.
-        batch_size: Examples in one batch, over all devices, at most: arrays of fewer make one batch of their own size.
-            A shorter batch is padded by repeating a row, and the padding is masked; those of an iterable to the first
-            of them, and to a larger one when it comes (each size is compiled).
-        mesh: Divide the examples over a `jax.sharding.Mesh`, of one process or of all, its axes Auto or Explicit.
-        data_axis: The one axis of the mesh that examples are divided over; without it its only axis, or "data".
-        method: "ghost", or "vmap" for the plain reference; of estimator "exact".
-        estimator: "exact", or an estimator that needs no per-example gradients, for losses that the engine is not for:
-            "signs" by random signs, three ordinary backward passes; "batch" from mean gradients of disjoint batches of
-            batch_size, for losses that see the whole batch (BatchNorm in training). Or an object with its options
-            inside: `Exact`, `Signs`, `Batch`, whose docstrings have the formulas, or an `Estimator` of your own.
-        confidence: Estimator "exact": give alpha_stderr, the infinitesimal jackknife's standard error of α over new
-            samples of m examples, by one more pass over the data (arrays or a list). It is about the mean α of such
-            samples, which is above the population's by (1 − α)/m: see alpha_unbiased. Near the orthogonal limit, below
-            α of about 10/m, it is too large (up to twice). "signs" and "batch" always give alpha_stderr, of the
-            estimate around the exact α of the same examples; rough where it follows from few batches. NaN where squares
-            of squared norms leave the range of the dtype.
-        nonfinite: What a loss or gradient that is not finite does, or one whose squared norm is not (a norm above
-            1.8e19 in float32). "raise": FloatingPointError with how many and the
-            first index. "skip": the example is left out and counted in num_skipped ("signs", "batch": its whole
-            batch). "propagate": the result is NaN.
-        seed: Of the random signs, ≥ 0.
-        progress: Draw a bar (needs tqdm).
+        loss_fn: As for `grad_moments`. For estimator "batch", loss_fn(params, batch) → the mean loss of a batch.
+        params: Any pytree of arrays. Integer leaves are held fixed.
+        data: A pytree (tuple, dict, …) of host or device arrays that share a leading axis m, any m. Or an iterable (a
+            list, a generator, a loader) of batches, each such a pytree of at most batch_size rows. Leaves that NumPy
+            can read (tensors of PyTorch and TensorFlow) are converted. Files that are read by slicing stay files. With
+            several processes, each gives its own part of the data, any m ≥ 1: arrays on the host, or its share of every
+            batch, at most batch_size / num_processes rows. An iterable then costs one small exchange between processes
+            for each batch. All other arguments must be the same in every process. An error in the data of one process
+            is raised in all processes. After any other error, the other processes end when that process ends.
+        state: The third argument of loss_fn, which is not differentiated, such as running averages. Any pytree of
+            arrays, the same for all examples. New values do not recompile. New values that loss_fn closes over would.
+        has_aux: loss_fn returns (loss, aux), as for `jax.value_and_grad`. aux is dropped.
+        batch_size: The maximum number of examples in one batch, over all devices. Smaller arrays form one batch of
+            their own size. A shorter batch is padded by repeating a row, and the padding is masked. Batches of an
+            iterable are padded to the size of the first, and to a larger size when one comes (each size is compiled).
+        mesh: Shard the examples over a `jax.sharding.Mesh`, of one process or of all, with Auto or Explicit axes.
+        data_axis: The axis of the mesh that examples are sharded over. By default its only axis, or "data".
+        method: "ghost", or "vmap" for the plain reference. For estimator "exact".
+        estimator: "exact", or an estimator without per-example gradients, for losses that do not suit the engine:
+            "signs" uses random signs and three ordinary backward passes. "batch" uses mean gradients of disjoint
+            batches of batch_size, for losses of a whole batch (BatchNorm in training). Or an object that holds its
+            options: `Exact`, `Signs`, `Batch`, whose docstrings have the formulas, or your own `Estimator`.
+        confidence: For estimator "exact": compute alpha_stderr, the infinitesimal jackknife's standard error of α over
+            new samples of m examples, by one more pass over the data (arrays or a list). It refers to the mean α of
+            such samples, which exceeds the population's α by (1 − α)/m: see alpha_unbiased. Near the orthogonal limit,
+            for α below about 10/m, it is too large (by up to a factor of 2). "signs" and "batch" always give
+            alpha_stderr, the error of the estimate around the exact α of the same examples. It is rough if it follows
+            from few batches, and NaN if squares of squared norms leave the range of the dtype.
+        nonfinite: The action for a non-finite loss, gradient or squared norm (a norm above 1.8e19 in float32).
+            "raise": FloatingPointError with the number and the first index. "skip": skip the example and count it in
+            num_skipped ("signs", "batch": the whole batch). "propagate": the result is NaN.
+        seed: Seed of the random signs, ≥ 0.
+        progress: Draw a progress bar (needs tqdm).
 
     Returns:
-        A `Coherence`; its scalars are arrays on the device, an alpha_stderr that was not asked for a NaN of NumPy's. A
-        UserWarning, and NaN, where all gradients are zero.
+        A `Coherence`. Its scalars are arrays on the device. An alpha_stderr that was not requested is a NumPy NaN. If
+        all gradients are zero, the result is NaN with a UserWarning.
 
     Raises:
         ValueError: batch_size < 1, unknown method, estimator or nonfinite, an option beside an estimator object, empty
-            data, leading axes that disagree, a
-            batch larger than batch_size, data_axis that is none of the mesh or without one, estimator "batch" with a
-            batch_size that the devices do not divide, confidence with another estimator than "exact", a loss that does
-            not depend on params, or processes that do not agree on batch_size or on what a row of data is.
-        TypeError: loss_fn is no function or does not return a real scalar; a leaf of params is complex, no array or
-            state of a model; data is no pytree of arrays of numbers and cannot be iterated, or cannot be iterated twice
-            where it has to be, or is a list of arrays of several kinds, which are no batches; mesh is none; or this is
-            called inside jit or shard_map, where `coherence` of `grad_moments` is for.
+            data, leading axes that disagree, a batch larger than batch_size, a data_axis that is not an axis of the
+            mesh or is given without a mesh, estimator "batch" with a batch_size that is not a multiple of the devices,
+            confidence with an estimator other than "exact", a loss that does not depend on params, or processes that
+            disagree on batch_size or on the kind of a row of data.
+        TypeError: loss_fn is not a function or does not return a real scalar. A leaf of params is complex, not an array
+            or model state. data is not a pytree of arrays of numbers and cannot be iterated, cannot be iterated twice
+            if that is needed, or is a list of arrays of different kinds instead of batches. mesh is not a mesh. The
+            call is inside jit or shard_map: use `coherence` of `grad_moments` there.
         FloatingPointError: With nonfinite="raise".
 
     References:
         Chatterjee & Zielinski, On the Generalization Mystery in Deep Learning, 2022, https://arxiv.org/abs/2203.10036.
-        Of the standard error: Efron, Nonparametric Estimates of Standard Error, Biometrika 68, 1981.
+        For the standard error: Efron, Nonparametric Estimates of Standard Error, Biometrika 68, 1981.
 
     Examples:
         >>> import numpy as np, cg_jax as cg
@@ -177,7 +173,7 @@ def measure_coherence(
     if chosen.revisits:
         _check_read_twice(data)
     _check_outside(params, state, data)
-    # Data on the host is moved because it was asked for: transfer guards are about what was not.
+    # The user asked to move data from the host. Transfer guards are for implicit transfers.
     with auto_context(), jax.transfer_guard("allow"):
         compiled_for, arrays = chosen.split()
         setup = Setup(compiled_for, layout, nonfinite != "propagate", has_aux)

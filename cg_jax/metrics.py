@@ -13,12 +13,12 @@ import numpy as np
 from cg_jax import _compat, trees
 from cg_jax.moments import GradMoments, require_moments
 
-# What alpha_stderr is until it is asked for.
+# The value of alpha_stderr unless it is requested.
 _NOT_ASKED_FOR = np.float32(np.nan)
 
 
 class Ratios(NamedTuple):
-    """The ratios of S = Σ gᵢ and Q = Σ ‖gᵢ‖² over m examples; one record for each tensor in `Coherence.per_tensor`."""
+    """The ratios of S = Σ gᵢ and Q = Σ ‖gᵢ‖² over m examples. `Coherence.per_tensor` has one record per tensor."""
 
     alpha: jax.Array  # ‖S‖² / (m Q), in [0, 1]
     m_coherence: jax.Array  # r = ‖S‖² / Q, in [0, m]
@@ -33,19 +33,19 @@ class Ratios(NamedTuple):
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Coherence:
-    """How much the gradients gᵢ of m examples help each other; made by `cg_jax.coherence`.
+    """How much the gradients gᵢ of m examples help each other. Returned by `cg_jax.coherence`.
 
-    With S = Σ gᵢ and Q = Σ ‖gᵢ‖². All fields are scalars; α and r are NaN when all gradients are zero. The bounds hold
-    to rounding. Never compare r across different m. A pytree, whose leaves are the fields; not alpha_stderr unless it
-    was asked for, since `jax.debug_nans` would stop at its NaN in the result of a jitted function.
+    S = Σ gᵢ and Q = Σ ‖gᵢ‖². All fields are scalars. α and r are NaN if all gradients are zero. The bounds hold up to
+    rounding. Never compare r across different m. The class is a pytree whose leaves are the fields. alpha_stderr is a
+    leaf only if requested, since `jax.debug_nans` would stop at its NaN in the result of a jitted function.
     """
 
     alpha: jax.Array
-    """Coherence α = ‖S‖² / (m Q), in [0, 1]; 1/m for orthogonal gradients, 1 for equal ones."""
+    """Coherence α = ‖S‖² / (m Q), in [0, 1]: 1/m for orthogonal gradients, 1 for equal ones."""
     m_coherence: jax.Array
-    """r = m α, in [0, m]: how many examples of the sample one example's gradient helps; 1 for orthogonal gradients."""
+    """r = m α, in [0, m]: the number of sampled examples that one gradient helps; 1 for orthogonal gradients."""
     alpha_unbiased: jax.Array
-    """(r − 1) / (m − 1), an estimate of the population's α; may be negative; NaN for m = 1."""
+    """(r − 1) / (m − 1), an estimate of the population's α. It may be negative, and is NaN for m = 1."""
     noise_scale: jax.Array
     """Gradient noise scale tr(Σ) / ‖G‖² = (1 − α) / α, in examples (McCandlish et al. 2018, B_simple)."""
     noise_scale_unbiased: jax.Array
@@ -57,18 +57,18 @@ class Coherence:
     mean_grad_norm: jax.Array
     """‖S‖ / m, the norm of the mean gradient."""
     count: jax.Array
-    """m, the number of examples that were measured."""
+    """m, the number of examples measured."""
     num_skipped: jax.Array
-    """Examples left out: their gradient was not finite, or (estimator "batch") they filled no whole batch."""
+    """Examples skipped: their gradient is non-finite, or (estimator "batch") they do not fill a whole batch."""
     alpha_stderr: jax.Array | np.floating
-    """Standard error of α; NaN unless it was asked for. What it is of, `measure_coherence` says for each estimator.
-    That of r is m times it, that of alpha_unbiased m / (m − 1) times. There is none of single tensors."""
+    """Standard error of α, NaN unless requested. `measure_coherence` defines it for each estimator. That of r is
+    m times it, that of alpha_unbiased m / (m − 1) times. There is none for single tensors."""
     per_tensor: dict[str, Ratios]
-    """Path of each parameter tensor → its ratios, in the order of the parameters' leaves; α = Σ share · α over them.
-    Keys are joined by "/"; one that holds a "/" itself is quoted, and no two tensors share a name."""
+    """Path of each parameter tensor → its ratios, in the order of the parameters' leaves. α = Σ share · α over them.
+    Keys are joined by "/". A key that contains a "/" is quoted. No two tensors share a name."""
 
     def __str__(self) -> str:
-        if _compat.is_tracer(self.alpha):  # has no digits yet
+        if _compat.is_tracer(self.alpha):  # it has no value yet
             return repr(self)
         shown = (self.alpha, self.m_coherence, self.loss, self.count, self.alpha_stderr)
         alpha, r, loss, count, error = jax.device_get(shown)
@@ -76,7 +76,7 @@ class Coherence:
         return f"Coherence(α={alpha:.4g}{error}, r={r:.4g} of {count}, loss={loss:.4g})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        """(every field under its name, nothing); None for a standard error that was not asked for."""
+        """(every field under its name, None). A standard error that was not requested is None."""
         values = {name: getattr(self, name) for name in _FIELDS}
         if isinstance(self.per_tensor, dict):  # JAX sorts the keys of a dict
             values["per_tensor"] = collections.OrderedDict(self.per_tensor)
@@ -100,7 +100,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Coherence))
 
 @contextlib.contextmanager
 def undefined_ratios() -> Generator[None]:
-    """While it is open, `jax.debug_nans` and `jax.debug_infs` let results through: 0/0 and 1/0 are answers here."""
+    """A context in which `jax.debug_nans` and `jax.debug_infs` are off, since 0/0 and 1/0 are valid results here."""
     with jax.debug_nans(False), jax.debug_infs(False):
         yield
 
@@ -108,11 +108,11 @@ def undefined_ratios() -> Generator[None]:
 def _ratios(
     sq_norm_sum: jax.Array, scale: jax.Array, sum_sq_norms: jax.Array, count: jax.Array, share: jax.Array
 ) -> Ratios:
-    """The ratios from ‖scale · S‖², Q and m; the scale is a power of two."""
+    """The ratios from ‖scale · S‖², Q and m. The scale is a power of two."""
     m = count.astype(sum_sq_norms.dtype)
     r = sq_norm_sum / sum_sq_norms / scale**2
     alpha = r / m
-    # r − 1 is not exactly 0 for one example, so that 0/0 alone would not say NaN.
+    # r − 1 is not exactly 0 for one example, so 0/0 alone would not give NaN.
     unbiased = jnp.where(count > 1, (r - 1) / jnp.where(count > 1, m - 1, 1), jnp.nan)
     return Ratios(
         alpha=alpha,
@@ -127,21 +127,22 @@ def _ratios(
 
 
 def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
-    """The coherence α = ‖Σ gᵢ‖² / (m Σ ‖gᵢ‖²) of the examples that `moments` sums over, and what follows from it.
+    """The coherence α = ‖Σ gᵢ‖² / (m Σ ‖gᵢ‖²) of the examples that `moments` sums over, and the ratios derived from it.
 
-    Pure and jit-able. Per tensor too: α = Σ_l f_l α_l, where f_l = Q_l / Q is the tensor's share of Q.
+    The function is pure and jit-able. It also gives the ratios of each tensor: α = Σ_l f_l α_l, where f_l = Q_l / Q is
+    the tensor's share of Q.
 
     Args:
         moments: S and Q of m examples.
-        num_skipped: Examples that were left out, handed on into the record.
+        num_skipped: The number of skipped examples, copied into the result.
 
     Returns:
-        A `Coherence`. All gradients zero: α and r are NaN. m = 1: α = r = 1, the unbiased α is NaN. m = 0: NaN. Under
-        `jax.debug_nans` these raise nothing, but where a jitted function of yours returns one.
+        A `Coherence`. If all gradients are zero, α and r are NaN. For m = 1, α = r = 1 and the unbiased α is NaN. For
+        m = 0 all are NaN. Under `jax.debug_nans` these raise only if your own jitted function returns one.
 
     Raises:
-        TypeError: moments is no GradMoments.
-        ValueError: There is no tensor in it.
+        TypeError: moments is not a GradMoments.
+        ValueError: moments holds no tensor.
 
     References:
         Chatterjee & Zielinski, On the Generalization Mystery in Deep Learning, 2022, https://arxiv.org/abs/2203.10036.
@@ -157,17 +158,17 @@ def coherence(moments: GradMoments, *, num_skipped: Any = 0) -> Coherence:
     require_moments("moments", moments)
     if not jax.tree.leaves(moments.sum_grads):
         raise ValueError("Expected moments of at least one tensor, got none.")
-    # Put there explicitly, as transfer guards want it.
+    # An explicit transfer, as transfer guards require.
     skipped = num_skipped if isinstance(num_skipped, jax.Array) else jax.device_put(np.int32(num_skipped))
     with undefined_ratios():
         return dataclasses.replace(_coherence(moments), num_skipped=skipped.astype(jnp.int32))
 
 
 def _scale(count: jax.Array, sum_sq_norms: Any) -> jax.Array:
-    """A power of two times which ‖S‖² ≤ m Q stays in range wherever Q does; 1 where nothing is near its end."""
+    """A power of two that keeps ‖scale · S‖² in range wherever Q is in range. 1 if nothing is near the limit."""
     norms = jnp.stack([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(sum_sq_norms)])
     is_large = norms.max() > 1e30 / count.astype(jnp.float32)
-    # A branch is computed once, and not again with every tensor, as a value would be.
+    # A branch is computed once. A value would be recomputed with every tensor.
     return jax.lax.cond(is_large, lambda: jnp.float32(2.0**-50), lambda: jnp.float32(1))
 
 
@@ -178,7 +179,7 @@ def _coherence(moments: GradMoments) -> Coherence:
     scale = _scale(count, moments.sum_sq_norms)
     squares = jax.tree.leaves(trees.sq_norms(jax.tree.map(lambda s: s * scale.astype(s.dtype), moments.sum_grads)))
     norms = jax.tree.leaves(moments.sum_sq_norms)
-    # The whole and the tensors in one vector: as scalars of their own, those of a deep network take minutes to compile.
+    # The whole and the tensors share one vector. Separate scalars of a deep network take minutes to compile.
     widest = jnp.result_type(*(leaf.dtype for leaf in (*squares, *norms)), jnp.float32)
     squares, norms = (jnp.stack([leaf.astype(widest) for leaf in leaves]) for leaves in (squares, norms))
     squares, norms = (jnp.append(values.sum(), values) for values in (squares, norms))

@@ -1,4 +1,4 @@
-"""The mean gradients of groups of a batch, which feed a robust average."""
+"""Mean gradients of groups of a batch, the input of a robust average."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,8 @@ from jax.sharding import PartitionSpec
 from cg_jax import _validate, trees
 from cg_jax._loss import LossFn, checked_pair, each_devices_own, example_of, require_dependence_on
 from cg_jax._per_batch import PerBatch
+from cg_jax._types import PyTree
 from cg_jax.sharding.explicit_axes import per_example_spec
-
-PyTree = Any
 
 
 def micro_batch_grads(
@@ -21,29 +20,30 @@ def micro_batch_grads(
     """The function (params, batch, state=None) → the mean gradient of each of k groups of the batch, [k, *param].
 
     Row j is (k/B) Σ ∇ loss_fn(params, batch[i]) over the examples i of group j: rows j B/k to (j + 1) B/k of the batch.
-    With batch_loss=True it is ∇ loss_fn(params, those rows), of a loss that takes a whole group and returns its mean.
-    Feeds `stacked`; call it inside your own jitted step. Where the batch is divided over devices, call it inside
-    `jax.shard_map`: left to the compiler, every device would gather the batch and compute all groups.
+    With batch_loss=True it is ∇ loss_fn(params, those rows), where loss_fn takes a whole group and returns its mean.
+    The result is the input of `stacked`. Call the function inside your own jitted step. If the batch is sharded over
+    devices, call it inside `jax.shard_map`. Otherwise every device gathers the batch and computes all groups.
 
-    A loss of one example cannot use statistics of a batch: BatchNorm in training mode would normalise every example by
-    itself. Use batch_loss=True, where it normalises over a group, and has_aux=True for its new running statistics.
+    A loss of one example cannot use batch statistics: BatchNorm in training mode would normalise every example by
+    itself. Use batch_loss=True to normalise over a group, and has_aux=True for the new running averages.
 
     Args:
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.
-        k: Number of groups, ≥ 1, a divisor of the batch size.
+        k: Number of groups, ≥ 1. It must divide the batch size.
         batch_loss: loss_fn(params, group) → scalar, the mean loss of a group, a batch of B/k examples.
-        has_aux: loss_fn returns (scalar, aux), aux any pytree of arrays.
+        has_aux: loss_fn returns (scalar, aux), where aux is any pytree of arrays.
 
     Returns:
         A jitted function of params, batch (a pytree whose leaves share a leading axis B) and state (as for
-        `grad_moments`), which returns gradients like params of [k, *param], None for integer leaves. With has_aux
-        (gradients, aux), as `jax.grad`: each leaf of aux has a leading axis B, or with batch_loss k.
+        `grad_moments`), which returns gradients like params, [k, *param], with None for integer leaves. With
+        has_aux it returns (gradients, aux), as `jax.grad` does. Each leaf of aux has a leading axis B, or k with
+        batch_loss.
 
     Raises:
-        ValueError: k < 1, k that does not divide B, an empty batch, leading axes that disagree, or a loss that does not
-            depend on params.
-        TypeError: loss_fn is no function, does not return a real scalar or with has_aux a pair of it and aux, or a leaf
-            of params is complex or no array.
+        ValueError: k < 1, a k that does not divide B, an empty batch, leading axes that disagree, or a loss that does
+            not depend on params.
+        TypeError: loss_fn is not a function or does not return a real scalar (with has_aux, a pair of it and aux), or a
+            leaf of params is complex or not an array.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -85,7 +85,7 @@ def _micro_batch_grads(
 def _mean_loss(
     loss_fn: LossFn, rest: PyTree, batch_loss: bool, has_aux: bool
 ) -> Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]:
-    """(params, group) → (mean loss, aux; None without)."""
+    """The function (params, group) → (mean loss, aux or None)."""
     what = "the mean loss of a batch" if batch_loss else "the loss of ONE example (else pass batch_loss=True)"
     pair = checked_pair(loss_fn, rest, what, has_aux)
 
@@ -97,7 +97,7 @@ def _mean_loss(
 
 
 def _specs(params: PyTree, rows: Any, batch_loss: bool, **_: Any) -> tuple[PyTree, PartitionSpec]:
-    """Gradients are sharded as the parameters, whatever the examples are sharded over; aux of examples as they are."""
+    """Specs: gradients are sharded like the parameters, and aux of single examples like the examples."""
     return jax.tree.map(functools.partial(per_example_spec, None), params), PartitionSpec(None if batch_loss else rows)
 
 

@@ -1,4 +1,4 @@
-"""GradMoments, the one sufficient statistic: every producer makes one, `merge` makes one of two."""
+"""GradMoments, the sufficient statistic of coherence, and `merge`, which combines two."""
 
 from typing import Any, NamedTuple
 
@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cg_jax import _compat, trees
-
-PyTree = Any
+from cg_jax._types import PyTree
 
 
 class GradMoments(NamedTuple):
     """Sums over the per-example gradients gᵢ of a set of examples, all at one point of parameter space.
 
-    Sums only, no ratios, so that sets can be merged: see `merge`, and `cg_jax.coherence` for the ratios.
-    Leaves are float32 (float64 where the parameters are); integer leaves of the parameters are None here.
+    It holds sums and no ratios, so that sets can be merged: see `merge`, and `cg_jax.coherence` for the ratios. Leaves
+    are float32 (float64 if the parameters are). Integer leaves of the parameters are None here.
     """
 
     count: jax.Array  # number of examples, int32 scalar
@@ -24,20 +23,20 @@ class GradMoments(NamedTuple):
     sum_sq_norms: PyTree  # Q = Σ ‖gᵢ‖², one scalar for each tensor of the parameters
 
     def __add__(self, other: Any) -> "GradMoments":  # type: ignore[override]
-        """`merge`, and not the concatenation of tuples."""
+        """`merge`, instead of the concatenation of tuples."""
         return merge(self, other)
 
     @classmethod
     def zeros(
         cls, params: PyTree, loss_dtype: Any = jnp.float32, *, axis_name: str | tuple[str, ...] | None = None
     ) -> "GradMoments":
-        """The moments of no examples, the neutral element of `merge`: what a loop over batches begins with.
+        """The moments of no examples: the neutral element of `merge`, and the start of a loop over batches.
 
         Args:
-            params: The parameters (arrays or `jax.ShapeDtypeStruct`s) whose gradients will be summed.
+            params: The parameters (arrays or `jax.ShapeDtypeStruct`s) whose gradients are summed.
             loss_dtype: The dtype of the losses.
-            axis_name: Inside `jax.shard_map`, the axes that the examples are divided over, so that the moments of each
-                device's own examples can be added in a scan, whose carry keeps its type. None: all axes of the
+            axis_name: Inside `jax.shard_map`, the axes that the examples are sharded over. Each device can then add the
+                moments of its own examples in a scan, whose carry must keep its type. None means all axes of the
                 shard_map.
 
         Examples:
@@ -79,12 +78,12 @@ def require_moments(name: str, value: Any) -> None:
 def merge(a: GradMoments, b: GradMoments) -> GradMoments:
     """Moments of the union of two disjoint sets of examples: the sum, field by field.
 
-    Associative and commutative up to rounding; `GradMoments.zeros(params)` is neutral. Both must have been taken at
-    the same parameters.
+    `merge` is associative and commutative up to rounding. `GradMoments.zeros(params)` is neutral. Both arguments must
+    be moments at the same parameters.
 
     Raises:
-        TypeError: One of them is no GradMoments.
-        ValueError: The two were made for parameters of different structure.
+        TypeError: a or b is not a GradMoments.
+        ValueError: The two belong to parameters of different structure.
 
     Examples:
         >>> import jax, cg_jax as cg

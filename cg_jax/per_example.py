@@ -1,4 +1,4 @@
-"""Per-example gradients, materialised: the plain reference. And alignments, which need none."""
+"""Materialised per-example gradients, the plain reference, and alignments, which need no such gradients."""
 
 import functools
 from collections.abc import Callable
@@ -12,14 +12,13 @@ from cg_jax import _compat, trees
 from cg_jax._jaxprs import dtypes_in
 from cg_jax._loss import LossFn, checked_pair, each_devices_own, require_dependence
 from cg_jax._per_batch import PerBatch, direction_of, rows_specs
+from cg_jax._types import PyTree
 from cg_jax.sharding.explicit_axes import per_example_spec
 
-PyTree = Any
-
-# Examples whose gradients may exist at the same time where `alignments` cannot run forward-mode, and their bytes.
+# The most examples, and bytes, of gradients that `alignments` builds at once when it cannot use forward mode.
 _CHUNK = 16
 _CHUNK_BYTES = 2**26
-# What a derivative along a direction may leave the range of, where gradients do not.
+# A dtype of this range may overflow in a derivative along a direction, where gradients do not.
 _SHORT_RANGE = 5  # bits of the exponent
 
 
@@ -50,8 +49,8 @@ _GRADS = PerBatch(_per_example_grads, _grads_specs)
 def per_example_grads(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., PyTree]:
     """The function (params, batch, state=None) → gᵢ = ∇ loss_fn(params, batch[i]) for every example i, materialised.
 
-    Takes memory for B × parameters; for statistics of the gradients use `grad_moments` or `per_example_sq_norms`, which
-    never build this.
+    It needs memory for B × parameters. For sums and norms of the gradients use `grad_moments` or
+    `per_example_sq_norms`, which never build this array.
 
     Args:
         loss_fn: As for `grad_moments`.
@@ -59,13 +58,13 @@ def per_example_grads(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[...
 
     Returns:
         A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B) and state, which
-        returns a pytree like params of [B, *param] in the parameters' dtypes; None for integer leaves. With has_aux,
-        (that, the auxiliary values [B, ...]).
+        returns a pytree like params of [B, *param] in the parameters' dtypes, with None for integer leaves. With
+        has_aux it returns (gradients, aux), where each leaf of aux is [B, ...].
 
     Raises:
         ValueError: Empty batch, leading axes that disagree, or a loss that does not depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
-            leaf of params is complex or no array.
+        TypeError: loss_fn is not a function or does not return a real scalar (with has_aux, a pair of it and aux), or a
+            leaf of params is complex or not an array.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -107,7 +106,7 @@ def aligned(
 def _is_narrow(jaxpr: Any, kept: PyTree) -> bool:
     """Whether forward mode would round below the accumulator dtype, or leave the range of a dtype inside the loss.
 
-    It takes the direction in the parameters' dtypes, and gives the result in the loss's.
+    Forward mode takes the direction in the parameters' dtypes and returns the result in the loss's dtype.
     """
     ends = [*(leaf.dtype for leaf in jax.tree.leaves(kept)), *(out.aval.dtype for out in jaxpr.outvars)]
     inside = [dtype for dtype in dtypes_in(jaxpr) if jnp.issubdtype(dtype, jnp.floating)]
@@ -128,12 +127,12 @@ _ALIGNMENTS = PerBatch(_alignments, rows_specs, {"direction": direction_of})
 def alignments(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
     """The function (params, batch, direction, state=None) → aᵢ = gᵢ · v, [B], from ONE forward-mode pass along v.
 
-    No per-example gradient is built. With v the mean gradient ḡ, Σ aᵢ / m = ‖ḡ‖²: an example with small or negative aᵢ
-    pulls against the others. The price is about one forward pass more.
+    No per-example gradient is built. If v is the mean gradient ḡ, then Σ aᵢ / m = ‖ḡ‖². An example with small or
+    negative aᵢ pulls against the others. The cost is about one more forward pass.
 
-    Reverse mode is taken, a few examples at a time, where forward mode is refused (a loss that holds a
-    `jax.custom_vjp`) or would round: parameters or a loss narrower than float32, or float16 inside the loss, whose
-    range a sum of products with v may leave.
+    The function falls back to reverse mode, a few examples at a time, if JAX rejects forward mode (a loss with a
+    `jax.custom_vjp`), or if forward mode would round or overflow. That is so for parameters or a loss narrower than
+    float32, and for float16 inside the loss, where a sum of products with v may leave the range.
 
     Args:
         loss_fn: As for `grad_moments`.
@@ -141,14 +140,14 @@ def alignments(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
 
     Returns:
         A jitted function of params, batch, direction (like params, of any floating dtype; integer leaves are ignored
-        and may be None) and state. The result is float32, or float64 where the parameters are. With has_aux, (that, the
-        auxiliary values [B, ...]).
+        and may be None) and state. The result is float32, or float64 if the parameters are. With has_aux it returns
+        (alignments, aux), where each leaf of aux is [B, ...].
 
     Raises:
         ValueError: Empty batch, leading axes that disagree, a direction of other structure or shapes than params, or a
             loss that does not depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
-            leaf of params is complex or no array.
+        TypeError: loss_fn is not a function or does not return a real scalar (with has_aux, a pair of it and aux), or a
+            leaf of params is complex or not an array.
 
     Examples:
         >>> import jax, cg_jax as cg

@@ -1,11 +1,11 @@
-"""Coordinate-wise rules: k values of every coordinate become one.
+"""Coordinate-wise rules, which reduce k values of every coordinate to one.
 
-A rule is a function [k, *shape] → [*shape]. Up to `_NETWORK_LIMIT` values the median and its relatives are a network of
-minima and maxima (Batcher's merge exchange, reduced to the outputs that are wanted), elementwise work that compilers
-fuse and accelerators do at the speed of memory; a sort is not. Sums are unrolled likewise: a reduction over the leading
+A rule is a function [k, *shape] → [*shape]. Up to `_NETWORK_LIMIT` values, the median and its relatives are a network
+of minima and maxima (Batcher's merge exchange, reduced to the needed outputs). This is elementwise work, which
+compilers fuse and accelerators run at memory speed; a sort is not. Sums are unrolled too: a reduction over the leading
 axis of a large array is several times slower on a CPU.
 
-Every rule is finite where its values are: sums that would leave the range of the dtype are formed of scaled values.
+Every rule is finite if its values are. Sums that would leave the range of the dtype use scaled values.
 """
 
 import functools
@@ -26,12 +26,12 @@ _UNROLL_LIMIT = 64
 
 
 class _NotATransformationError(TypeError, AttributeError):
-    """A TypeError for the user, and for `hasattr` an AttributeError."""
+    """A TypeError for the user that is also an AttributeError, for `hasattr`."""
 
 
 @dataclass(frozen=True)
 class _NamedRule:
-    """A rule with the name of its factory and its number: rules of one name and number are equal."""
+    """A rule with the name and the number of its factory. Rules with equal name and number are equal."""
 
     name: str
     number: int | None
@@ -45,7 +45,7 @@ class _NamedRule:
         return f"cg_jax.{self.name}({'' if self.number is None else self.number})"
 
     def __getattr__(self, name: str) -> Any:
-        """Neither `init` nor `update`, which optax.chain asks for."""
+        """Raise for `init` and `update`, which optax.chain asks for."""
         if name in ("init", "update"):
             raise _NotATransformationError(
                 f"Expected an optax transformation, got the rule {self!r}; wrap it: cg_jax.stacked({self!r})."
@@ -54,14 +54,14 @@ class _NamedRule:
 
 
 def require_rule(rule: Any) -> None:
-    """TypeError unless `rule` is a function; cg_jax.median and its like are not yet rules, but make them."""
+    """TypeError unless `rule` is a function. cg_jax.median and its like are factories of rules, not rules."""
     if rule in (mean, median, trimmed_mean, winsorized_mean):
         raise TypeError(f"Expected a rule, as cg_jax.{rule.__name__}(…) makes it, got cg_jax.{rule.__name__} itself.")
     _validate.function("rule", rule)
 
 
 def applied(rule: Rule, values: jax.Array) -> jax.Array:
-    """rule(values); ValueError unless it makes [*shape] of [k, *shape]."""
+    """rule(values). ValueError unless it turns [k, *shape] into [*shape]."""
     out = rule(values)
     if jnp.shape(out) != jnp.shape(values)[1:]:
         raise ValueError(
@@ -100,7 +100,7 @@ def _network(n: int, wanted: tuple[int, ...]) -> tuple[tuple[int, int, bool, boo
 
 
 def _order_statistics(values: jax.Array, wanted: Sequence[int]) -> list[jax.Array]:
-    """The wanted ones of the k values of each coordinate in ascending order; NaN where any of the k is."""
+    """The wanted order statistics of the k values of each coordinate. NaN if any of the k values is."""
     k = values.shape[0]
     if k > _NETWORK_LIMIT:
         ordered = jnp.sort(values, axis=0)  # NaN last
@@ -114,7 +114,7 @@ def _order_statistics(values: jax.Array, wanted: Sequence[int]) -> list[jax.Arra
 
 
 def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
-    """(low + high)/2, or low/2 + high/2 where the sum could leave the range: the same bits, but for the overflow."""
+    """(low + high)/2, or low/2 + high/2 if the sum could overflow. The bits are the same except for the overflow."""
     large = jnp.maximum(jnp.abs(low), jnp.abs(high)) > jnp.finfo(low.dtype).max / 2
     low, high = (jnp.where(large, each / 2, each) for each in (low, high))
     return jnp.where(large, low + high, (low + high) / 2)
@@ -123,8 +123,8 @@ def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
 def _in_range(mean: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], peak: jax.Array, k: int) -> jax.Array:
     """mean(fit), a mean of k values fit(x) of absolute value <= `peak` in the accumulator dtype, as peak's dtype.
 
-    `fit` widens a value. Where a sum of k could leave the range of the accumulator it also scales by a power of two,
-    which is undone here; the mean is kept within ±peak then, for rounding could carry it past the largest number.
+    `fit` widens a value. If a sum of k values could leave the range of the accumulator, it also scales by a power of
+    two, which is undone here. The mean is then clipped to ±peak, since rounding could carry it past the largest number.
     """
     dtype, wide = peak.dtype, trees.accumulator_dtype(peak.dtype)
     if float(jnp.finfo(dtype).max) * k < float(jnp.finfo(wide).max):
@@ -141,7 +141,7 @@ def _sum(values: Sequence[jax.Array]) -> jax.Array:
 
 
 def _ordered_mean(ordered: Sequence[jax.Array], clip: int = 0) -> jax.Array:
-    """The mean of values in ascending order, the first and the last of them counted `clip` times more."""
+    """The mean of values in ascending order. The first and the last count `clip` more times."""
     k = len(ordered) + 2 * clip
 
     def mean(fit: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -153,7 +153,7 @@ def _ordered_mean(ordered: Sequence[jax.Array], clip: int = 0) -> jax.Array:
 
 
 def _checked(values: jax.Array, name: str = "", number: int = 0) -> jax.Array:
-    """`values` as an array of k ≥ 1 rows, of which `number` per side can be spared."""
+    """`values` as an array of k ≥ 1 rows. ValueError unless `number` < k/2."""
     values = jnp.asarray(values)
     if values.ndim == 0 or values.shape[0] < 1:
         raise ValueError(f"Expected values of shape [k, *shape] with k >= 1, got shape {list(values.shape)}.")
@@ -165,7 +165,7 @@ def _checked(values: jax.Array, name: str = "", number: int = 0) -> jax.Array:
 
 
 def mean() -> Rule:
-    """The rule (1/k) Σⱼ xⱼ, coordinate by coordinate; summed in float32 for narrower dtypes.
+    """The rule (1/k) Σⱼ xⱼ, coordinate by coordinate. Narrower dtypes are summed in float32.
 
     Returns:
         A function [k, *shape] → [*shape] of the same dtype.
@@ -193,8 +193,8 @@ def mean() -> Rule:
 def median() -> Rule:
     """The rule that takes the middle of the k values of each coordinate, or (a + b)/2 of the middle two for even k.
 
-    For k = 3 it is max(min(a, b), min(max(a, b), c)), no sort; up to 16 values a like network of minima and maxima.
-    NaN where any of the k values is, as `jax.numpy.median`.
+    For k = 3 it is max(min(a, b), min(max(a, b), c)), without a sort. Up to 16 values it is a similar network of minima
+    and maxima. The result is NaN if any of the k values is, as in `jax.numpy.median`.
 
     Returns:
         A function [k, *shape] → [*shape] of the same dtype.
@@ -221,19 +221,18 @@ def median() -> Rule:
 
 
 def trimmed_mean(trim: int) -> Rule:
-    """The rule that leaves out the `trim` smallest and the `trim` largest values of each coordinate and averages the
-    rest.
+    """The rule that drops the `trim` smallest and largest values of each coordinate and averages the remainder.
 
-    With x₍₁₎ ≤ … ≤ x₍ₖ₎: Σ x₍ⱼ₎ over trim < j ≤ k − trim, divided by k − 2 trim. NaN where any of the k values is.
+    With x₍₁₎ ≤ … ≤ x₍ₖ₎: Σ x₍ⱼ₎ over trim < j ≤ k − trim, divided by k − 2 trim. NaN if any of the k values is.
 
     Args:
-        trim: Whole number of values left out on each side, 0 ≤ trim < k/2.
+        trim: Number of values dropped on each side, 0 ≤ trim < k/2.
 
     Returns:
         A function [k, *shape] → [*shape] of the same dtype.
 
     Raises:
-        ValueError: trim < 0; when it meets values, trim ≥ k/2.
+        ValueError: trim < 0. When called: trim ≥ k/2.
 
     Examples:
         >>> import jax, cg_jax as cg
@@ -253,17 +252,17 @@ def trimmed_mean(trim: int) -> Rule:
 def winsorized_mean(clip: int) -> Rule:
     """The rule that moves the `clip` smallest and largest values of each coordinate to their neighbours, and averages.
 
-    With x₍₁₎ ≤ … ≤ x₍ₖ₎: (clip · x₍clip+1₎ + Σ x₍ⱼ₎ over clip < j ≤ k − clip + clip · x₍k−clip₎) / k. NaN where any of
+    With x₍₁₎ ≤ … ≤ x₍ₖ₎: (clip · x₍clip+1₎ + Σ x₍ⱼ₎ over clip < j ≤ k − clip + clip · x₍k−clip₎) / k. NaN if any of
     the k values is.
 
     Args:
-        clip: Whole number of values moved on each side, 0 ≤ clip < k/2.
+        clip: Number of values moved on each side, 0 ≤ clip < k/2.
 
     Returns:
         A function [k, *shape] → [*shape] of the same dtype.
 
     Raises:
-        ValueError: clip < 0; when it meets values, clip ≥ k/2.
+        ValueError: clip < 0. When called: clip ≥ k/2.
 
     References:
         Chatterjee, Coherent Gradients, 2020, https://arxiv.org/abs/2002.10657.

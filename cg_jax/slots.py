@@ -1,4 +1,4 @@
-"""The slots of `consecutive` and `rolling`: stored gradients, sharded as their parameters are."""
+"""The slots of `consecutive` and `rolling`: stored gradients, sharded like their parameters."""
 
 import functools
 import itertools
@@ -10,16 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import _compat, incoming, trees
+from cg_jax._types import PyTree
 from cg_jax.rules import Rule, applied
 from cg_jax.sharding.explicit_axes import with_auto_axes
-
-PyTree = Any
 
 _REMEDY = "consecutive and rolling (m3, rm3, ra3) take one gradient a call, and cg_jax.stacked(rule) takes k at once"
 
 
 def zeros(params: PyTree, leading: tuple[int, ...], dtype: Any) -> PyTree:
-    """Zeros [*leading, *shape] for every differentiable leaf, in `dtype` or else its accumulator dtype."""
+    """Zeros [*leading, *shape] for every differentiable leaf, in `dtype` or by default its accumulator dtype."""
 
     def slot(leaf: Any) -> jax.Array:
         return _zeros(
@@ -31,19 +30,19 @@ def zeros(params: PyTree, leading: tuple[int, ...], dtype: Any) -> PyTree:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _zeros(leaf: jax.Array, leading: tuple[int, ...], dtype: Any) -> jax.Array:
-    # A condition that is never true: the result depends on the parameter, whose sharding it takes, inside jit too. The
-    # compiler drops the dependence.
+    # With this condition, which is never true, the result depends on the parameter and takes its sharding, also inside
+    # jit. The compiler drops the dependence.
     return jnp.where(False, jnp.broadcast_to(leaf, (*leading, *jnp.shape(leaf))), 0).astype(dtype)
 
 
 def require_fitting(grads: PyTree, slots: PyTree, params: PyTree, rounds: bool) -> None:
-    """ValueError unless gradients fit the slots [*shape]: structure, shapes, dtypes, the axes that they vary over.
+    """ValueError unless gradients fit the slots [*shape] in structure, shapes, dtypes and varying axes.
 
     Args:
-        grads: Arrays, None where a leaf has no gradient.
-        slots: Arrays or their avals, None where a parameter is no differentiable array.
-        params: None, or parameters, whose shapes the gradients must have too.
-        rounds: Gradients of a wider dtype may be rounded.
+        grads: Arrays, or None for a leaf without a gradient.
+        slots: Arrays or their avals, or None for a parameter that is not a differentiable array.
+        params: None, or parameters whose shapes the gradients must also have.
+        rounds: Whether gradients of a wider dtype may be rounded.
     """
     _require_structure(grads, slots)
     incoming.require_shapes(grads, slots, _REMEDY)
@@ -94,7 +93,7 @@ def _require_structure(grads: PyTree, slots: PyTree) -> None:
 
 
 def pairs(grads: PyTree, *slots: PyTree) -> tuple[list[tuple[Any, ...]], Any]:
-    """([(gradient, *slots) of each leaf], structure); each may be None."""
+    """([(gradient, *slots) of each leaf], structure). Each entry may be None."""
     structure = jax.tree.structure(slots[0], is_leaf=incoming.is_none)
     return list(zip(*(structure.flatten_up_to(tree) for tree in (grads, *slots)), strict=True)), structure
 
@@ -105,12 +104,12 @@ def result_dtype(grad: jax.Array, slot: jax.Array) -> Any:
 
 
 def _is_number(leaf: Any) -> bool:
-    """Whether a leaf was a Python number, whose dtype means nothing."""
+    """Whether a leaf was a Python number, whose dtype has no meaning."""
     return leaf.weak_type and leaf.ndim == 0
 
 
 def aggregate(rule: Rule, grads: PyTree, slots: PyTree) -> PyTree:
-    """The rule over the rows of the slots [k − 1, *shape] and the gradients; a gradient itself where it has no slot."""
+    """Apply the rule to the rows of the slots [k − 1, *shape] and the gradients. Keep a gradient without a slot."""
 
     def of_leaf(grad: Any, slot: Any) -> Any:
         if grad is None or slot is None:
@@ -122,15 +121,15 @@ def aggregate(rule: Rule, grads: PyTree, slots: PyTree) -> PyTree:
 
 
 def roll(rule: Rule, grads: PyTree, slots: Sequence[PyTree], full: jax.Array) -> tuple[PyTree, tuple[PyTree, ...]]:
-    """(the rule over the slots and the gradients where they are `full`, else the gradients; the slots moved up)."""
+    """(the rule of slots and gradients if the slots are `full`, else the gradients; the shifted slots)."""
 
     def of_leaf(grad: Any, *stored: Any) -> tuple[Any, ...]:
         if grad is None or stored[0] is None:
             return grad, *stored
         dtype, window = result_dtype(grad, stored[0]), [*stored, grad.astype(stored[0].dtype)]
         out = jnp.where(full, applied(rule, jnp.stack(window)).astype(dtype), grad.astype(dtype))
-        # Arrays of their own, which move up by one. One array of all of them, written in turn, XLA copies twice in a
-        # training step; slots that are chosen entry by entry, old or new, are no faster and take more memory.
+        # The slots are separate arrays, which shift by one. XLA would copy a single array, written in turn, twice per
+        # training step. Selecting old or new slots entry by entry is not faster and takes more memory.
         return out, *(window[1:] if grad.dtype == window[0].dtype else _moved_in_order(out, window))
 
     rows, structure = pairs(grads, *slots)
@@ -139,7 +138,7 @@ def roll(rule: Rule, grads: PyTree, slots: Sequence[PyTree], full: jax.Array) ->
 
 
 def _moved_in_order(out: jax.Array, window: Sequence[jax.Array]) -> list[jax.Array]:
-    """window[1:], each made to depend on what was computed before: else XLA copies all slots of another dtype."""
+    """window[1:], where each entry depends on the result before it. Otherwise XLA copies all slots of another dtype."""
     moved, before = [], out
     for old, new in itertools.pairwise(window):
         number = _any_number(before) if before.size else 0
@@ -149,20 +148,20 @@ def _moved_in_order(out: jax.Array, window: Sequence[jax.Array]) -> list[jax.Arr
 
 
 def zeros_for_none(direction: PyTree, slots: PyTree) -> PyTree:
-    """A direction with zeros in place of None where there are slots: an optimizer's state keeps its structure."""
+    """Replace None by zeros where there are slots, so that the state of an optimizer keeps its structure."""
     rows, structure = pairs(direction, slots)
     filled = [jnp.zeros(s.shape, s.dtype) if leaf is None and s is not None else leaf for leaf, s in rows]
     return jax.tree.unflatten(structure, filled)
 
 
 def none_again(steps: PyTree, grads: PyTree, slots: PyTree) -> PyTree:
-    """Steps with None where a leaf with slots has no gradient."""
+    """Steps, with None again for leaves that have slots but no gradient."""
     rows, structure = pairs(steps, grads, slots)
     return jax.tree.unflatten(structure, [None if g is None and s is not None else step for step, g, s in rows])
 
 
 def in_the_dtypes_of(before: PyTree, after: PyTree) -> PyTree:
-    """The state of an optimizer in the dtypes that it had, which wider gradients would change."""
+    """The state of an optimizer, cast to its previous dtypes, which wider gradients would change."""
     if jax.tree.structure(before) != jax.tree.structure(after):
         return after
 
@@ -173,10 +172,10 @@ def in_the_dtypes_of(before: PyTree, after: PyTree) -> PyTree:
 
 
 def write(grads: PyTree, slots: PyTree, position: jax.Array, after: PyTree) -> PyTree:
-    """The slots [k − 1, *shape] with the gradients in row `position`, written in place where the slots are donated.
+    """Write the gradients to row `position` of the slots [k − 1, *shape], in place if the slots are donated.
 
-    Only what is known to come after the last reading of the slots is done in place, and XLA does not look for an order:
-    without one it copies all slots. So the position is made to depend on `after`, which was computed from the slots.
+    XLA writes in place only if the write is known to come after the last read of the slots. It does not look for such
+    an order, and copies all slots without one. So the position depends on `after`, which is computed from the slots.
     """
 
     def put(grad: Any, slot: Any, before: Any) -> Any:
@@ -190,7 +189,7 @@ def write(grads: PyTree, slots: PyTree, position: jax.Array, after: PyTree) -> P
 
 
 def _any_number(leaf: jax.Array) -> jax.Array:
-    """One number of an array, as an integer; on an Explicit mesh an index into a sharded axis would be refused."""
+    """One number of an array, as an integer. On an Explicit mesh JAX would reject an index into a sharded axis."""
 
     def first(leaf: jax.Array, _: Any) -> jax.Array:
         return leaf[(0,) * leaf.ndim].astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Sums and norms of the per-example gradients of one batch: dispatch between the engine and vmap(grad)."""
+"""Sums and norms of the per-example gradients of one batch, by the engine or by vmap(grad)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,25 +10,24 @@ from jax.sharding import PartitionSpec
 from cg_jax import _validate, ghost, trees
 from cg_jax._loss import LossFn, each_devices_own
 from cg_jax._per_batch import PerBatch, mask_of, rows_specs
+from cg_jax._types import PyTree
 from cg_jax.moments import GradMoments
 from cg_jax.per_example import losses_and_grads
-
-PyTree = Any
 
 METHODS = ("ghost", "vmap")
 
 
 class BatchStatistics(NamedTuple):
-    """What one batch yields; masked rows are zero throughout."""
+    """Losses, norms and sums of one batch. Masked rows are zero in all fields."""
 
     losses: jax.Array  # [B], accumulator dtype
     sq_norms: PyTree  # ‖gᵢ‖² for each tensor, [B], accumulator dtype
     sum_grads: PyTree  # Σ gᵢ, like the parameters, accumulator dtype
-    aux: PyTree  # what loss_fn returned beside the loss, [B, ...], or None
+    aux: PyTree  # the auxiliary values of loss_fn, [B, ...], or None
 
 
 def fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
-    """Each masked row replaced by the first valid one.
+    """Replace each masked row by the first valid one.
 
     A zero or garbage row could turn its zero weight into 0·∞ = NaN inside the derivative of the loss.
     """
@@ -37,7 +36,7 @@ def fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
 
 
 def _zero_where(condition: jax.Array, tree: PyTree) -> PyTree:
-    """Each leaf, or zeros where `condition` (a scalar, or [B] for leaves [B, ...]) holds; random keys as they are."""
+    """Zeros where `condition` (a scalar, or [B] for leaves [B, ...]) holds. Random keys do not change."""
 
     def zeroed(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
@@ -53,7 +52,7 @@ def _zero_where(condition: jax.Array, tree: PyTree) -> PyTree:
 def _vmap_statistics(
     loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None, has_aux: bool
 ) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
-    """By vmap(grad): the reference, which builds a B × parameters array."""
+    """The reference by vmap(grad), which builds an array of size B × parameters."""
     losses, grads, aux = losses_and_grads(loss_fn, params, batch, has_aux)
     grads = trees.accumulate(grads)
     if weights is not None:
@@ -70,7 +69,7 @@ def batch_statistics(
     max_bytes: int | None = None,
     has_aux: bool = False,
 ) -> BatchStatistics:
-    """Losses, squared norms and the sum of the gradients of one batch; the one producer behind everything above."""
+    """Losses, squared norms and the sum of the gradients of one batch."""
     weights = None
     if mask is not None:
         batch, weights = fill_masked(batch, mask), mask.astype(jnp.float32)
@@ -87,13 +86,13 @@ def batch_statistics(
     return BatchStatistics(losses, sq_norms, sum_grads, aux)
 
 
-def to_moments(statistics: BatchStatistics, count: Any) -> GradMoments:
-    """The sums over the batch, of which `count` rows were valid."""
+def to_moments(of_batch: BatchStatistics, count: Any) -> GradMoments:
+    """The sums over the batch, which has `count` valid rows."""
     return GradMoments(
         count=jnp.asarray(count, jnp.int32),
-        sum_losses=statistics.losses.sum(),
-        sum_grads=statistics.sum_grads,
-        sum_sq_norms=jax.tree.map(jnp.sum, statistics.sq_norms),
+        sum_losses=of_batch.losses.sum(),
+        sum_grads=of_batch.sum_grads,
+        sum_sq_norms=jax.tree.map(jnp.sum, of_batch.sq_norms),
     )
 
 
@@ -106,9 +105,9 @@ def _grad_moments(
     max_bytes: int | None,
     has_aux: bool,
 ) -> tuple[GradMoments, PyTree]:
-    statistics = batch_statistics(loss_fn, params, batch, mask, method, max_bytes, has_aux)
-    moments = to_moments(statistics, statistics.losses.size if mask is None else mask.sum())
-    return moments, statistics.aux
+    of_batch = batch_statistics(loss_fn, params, batch, mask, method, max_bytes, has_aux)
+    moments = to_moments(of_batch, of_batch.losses.size if mask is None else mask.sum())
+    return moments, of_batch.aux
 
 
 def _moments_specs(params: PyTree, rows: Any, **_: Any) -> tuple[Any, PartitionSpec]:
@@ -119,8 +118,8 @@ def _moments_specs(params: PyTree, rows: Any, **_: Any) -> tuple[Any, PartitionS
 def _per_example_sq_norms(
     loss_fn: LossFn, params: PyTree, batch: PyTree, method: str, max_bytes: int | None, has_aux: bool
 ) -> tuple[PyTree, PyTree]:
-    statistics = batch_statistics(loss_fn, params, batch, None, method, max_bytes, has_aux)
-    return statistics.sq_norms, statistics.aux
+    of_batch = batch_statistics(loss_fn, params, batch, None, method, max_bytes, has_aux)
+    return of_batch.sq_norms, of_batch.aux
 
 
 _MOMENTS = PerBatch(_grad_moments, _moments_specs, {"mask": mask_of})
@@ -133,44 +132,47 @@ def grad_moments(
     """The function (params, batch, mask=None, state=None) → GradMoments: S = Σ gᵢ and Q = Σ ‖gᵢ‖² per tensor, Σ ℓᵢ.
 
     gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters
-    beyond max_bytes; "vmap" is the plain reference, vmap(grad), and does. Both are exact and agree to rounding.
+    beyond max_bytes. Method "vmap" is the plain reference, vmap(grad), and builds it. Both are exact and agree up to
+    rounding.
 
-    Inside `jax.shard_map` or `jax.pmap` a device's moments are those of its own examples: `jax.lax.psum(moments, axis)`
-    is the moments of all, and `coherence` of that what you want. Under `jax.jit` with sharded arrays nothing is needed.
+    Inside `jax.shard_map` or `jax.pmap`, the moments on a device are those of its own examples. The moments of all
+    examples are `jax.lax.psum(moments, axis)`; call `coherence` on those. Under `jax.jit` with sharded arrays nothing
+    more is needed.
 
     Args:
-        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example; loss_fn(params, example, state) where a
+        loss_fn: loss_fn(params, example) → scalar, the loss of ONE example, or loss_fn(params, example, state) if a
             state is given. Any callable: a function, a partial, a bound method, an object with __call__. As with
-            `jax.jit`, what it reads from outside is read once, when it is compiled. It is known by its identity, and
-            compiled once for each object: pass the same one again, for a fresh lambda compiles again. Of a bound method
-            the owner is what counts. What was compiled goes when loss_fn does; that of an object that takes no weak
-            reference (__slots__) goes with the function returned here.
+            `jax.jit`, values that it reads from outside are read once, when it is compiled. It is compiled once for
+            each object, by identity. Pass the same object each time, since a new lambda compiles again. A bound method
+            is identified by its function and its owner. The programs are freed with loss_fn. Those of an object that
+            takes no weak reference (__slots__) are freed with the function returned here.
         method: "ghost" or "vmap".
-        max_bytes: Method "ghost" works a tensor off in chunks of examples, so that the per-example arrays that it needs
-            take at most this many bytes at once (but for one example's own); 64 MiB by default, 256 MiB on an
-            accelerator. `explain` says what they are.
-        has_aux: loss_fn returns (loss, aux), as for `jax.value_and_grad`; aux is any pytree of arrays, and has no
+        max_bytes: The most bytes that the per-example arrays of a tensor take at once in method "ghost", which works in
+            chunks of examples (of at least one). The default is 64 MiB, or 256 MiB on an accelerator. `explain` shows
+            these arrays.
+        has_aux: loss_fn returns (loss, aux), as for `jax.value_and_grad`. aux is any pytree of arrays, and has no
             gradient.
 
     Returns:
         A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B), mask (boolean
         [B]) and state (any pytree of arrays, without a batch axis). Rows where mask is False contribute nothing,
-        whatever they hold. State is what loss_fn needs and what is not differentiated, such as running averages: new
-        values compile nothing again, as new values that loss_fn closes over would. A gradient that is not finite makes
-        the sums so: see `measure_coherence` for leaving such examples out. Sums are float32, or float64 where the
-        parameters are; integer leaves of params are None. A squared norm above the range (a norm of 1.8e19 in float32)
-        is infinite, and one below it zero.
+        whatever they contain. State is an input of loss_fn that is not differentiated, such as running averages. New
+        values of it do not recompile. New values that loss_fn closes over would. A non-finite gradient makes the sums
+        non-finite: see `measure_coherence` for skipping such examples. Sums are float32, or float64 if the parameters
+        are. Integer leaves of params are None. A squared norm above the range (a norm of 1.8e19 in float32) is
+        infinite, and one below it is zero.
 
-        With has_aux, (GradMoments, aux with a leading axis B); masked rows of aux are zero, random keys apart.
+        With has_aux it returns (GradMoments, aux), where aux has a leading axis B. Masked rows of aux are zero, except
+        random keys.
 
     Raises:
-        ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, a mask of other shape or
+        ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, a mask of another shape or
             dtype, or a loss that does not depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
-            leaf of params is complex or no array.
+        TypeError: loss_fn is not a function or does not return a real scalar (with has_aux, a pair of it and aux), or a
+            leaf of params is complex or not an array.
 
     References:
-        The sum of squares without the gradients: Goodfellow, Efficient Per-Example Gradient Computations, 2015,
+        For squared norms without the gradients: Goodfellow, Efficient Per-Example Gradient Computations, 2015,
         https://arxiv.org/abs/1510.01799.
 
     Examples:
@@ -192,7 +194,7 @@ def per_example_sq_norms(
 ) -> Callable[..., PyTree]:
     """The function (params, batch, state=None) → ‖gᵢ‖² of every example, tensor by tensor.
 
-    Nothing of size B × parameters is built.
+    It builds no array of size B × parameters.
 
     Args:
         loss_fn: As for `grad_moments`.
@@ -201,15 +203,15 @@ def per_example_sq_norms(
         has_aux: As for `grad_moments`.
 
     Returns:
-        A jitted function that returns a pytree like params of [B], float32 (float64 where the parameters are); None for
-        integer leaves. The sum over the leaves is ‖gᵢ‖² of the whole gradient. With has_aux, (that, the auxiliary
-        values [B, ...]).
+        A jitted function that returns a pytree like params of [B], float32 (float64 if the parameters are), with None
+        for integer leaves. The sum over the leaves is ‖gᵢ‖² of the whole gradient. With has_aux it returns (squared
+        norms, aux), where each leaf of aux is [B, ...].
 
     Raises:
         ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, or a loss that does not
             depend on params.
-        TypeError: loss_fn is no function or does not return a real scalar (with has_aux, and something beside it), or a
-            leaf of params is complex or no array.
+        TypeError: loss_fn is not a function or does not return a real scalar (with has_aux, a pair of it and aux), or a
+            leaf of params is complex or not an array.
 
     Examples:
         >>> import jax, cg_jax as cg

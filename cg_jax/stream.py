@@ -1,4 +1,4 @@
-"""Batches streamed through compiled programs: one for every batch, one at the end."""
+"""Stream batches through compiled programs: one program for every batch, one at the end."""
 
 import dataclasses
 import functools
@@ -13,34 +13,33 @@ from jax.sharding import PartitionSpec
 from cg_jax import trees
 from cg_jax._compiled import Programs, compiled
 from cg_jax._loss import LossFn, with_state
-from cg_jax.batches import Batch, Batches
+from cg_jax._types import PyTree
+from cg_jax.batches import Batches, PaddedBatch
 from cg_jax.estimators import Estimator, Problem
 from cg_jax.metrics import Coherence, undefined_ratios
 from cg_jax.moments import GradMoments
 from cg_jax.sharding import Layout, SingleDevice, Specs
 
-PyTree = Any
-
 
 class Inputs(NamedTuple):
-    """The arrays that every batch is measured with."""
+    """The arrays that all batches share."""
 
     params: PyTree
-    state: PyTree  # what loss_fn takes beside them, or None
+    state: PyTree  # the third argument of loss_fn, or None
     arrays: PyTree  # the estimator's own
 
 
 class Flags(NamedTuple):
-    """What a batch says of each of its rows, [B]."""
+    """The flags of each row of a batch, [B]."""
 
-    bad: jax.Array  # its id where its loss or gradient is not finite, else −1
-    again: jax.Array  # the ids that are to be added once more without the bad ones, else −1
+    bad: jax.Array  # its id if its loss or gradient is non-finite, else −1
+    again: jax.Array  # its id if it must be added again without the bad rows, else −1
     values: jax.Array  # the estimator's own, −1 where bad
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is static of a measurement: programs are compiled for it."""
+    """The static configuration of a measurement. Programs are compiled for it."""
 
     estimator: Estimator
     layout: Layout
@@ -48,7 +47,7 @@ class Setup:
     has_aux: bool
 
     def problem(self, loss_fn: LossFn, inputs: Inputs) -> Problem:
-        """What every batch is measured with."""
+        """The inputs of the estimator that all batches share."""
         axis = self.layout.axis if self.estimator.by_example else None
         return Problem(with_state(loss_fn, inputs.state), inputs.params, inputs.arrays, self.has_aux, axis)
 
@@ -85,7 +84,7 @@ def step(
 
 @compiled(static=1)
 def finish(loss_fn: LossFn, setup: Setup, state: Any, skipped: int) -> tuple[Coherence, GradMoments]:
-    """(the coherence, the moments that it follows from), over all devices."""
+    """(the coherence, its moments), over all devices."""
     del loss_fn
     if setup.estimator.by_example:
         state = setup.layout.total(state, setup.specs(state))
@@ -96,7 +95,7 @@ def finish(loss_fn: LossFn, setup: Setup, state: Any, skipped: int) -> tuple[Coh
 def revisit(
     loss_fn: LossFn, setup: Setup, inputs: Inputs, measured: PyTree, total: jax.Array, batch: PyTree
 ) -> jax.Array:
-    """The total with a batch of (rows, ids, values) added; one row for each device."""
+    """The total with a batch (rows, ids, values) added. The total has one row per device."""
     layout = setup.layout
 
     def of_batch(replicated: tuple[Inputs, PyTree], batch: PyTree) -> tuple[jax.Array, None]:
@@ -123,7 +122,7 @@ def zeros(loss_fn: LossFn, setup: Setup, inputs: Inputs, rows: PyTree) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _zero(layout: Layout, dtype: Any) -> jax.Array:
-    """No sum yet, of every device."""
+    """A zero sum on every device."""
     return layout.zeros(jax.ShapeDtypeStruct((), dtype), [None], by_shard=True)
 
 
@@ -141,7 +140,7 @@ def _conclude(estimator: Estimator, total: jax.Array, count: jax.Array) -> jax.A
     return estimator.conclude(total.sum(), count)
 
 
-def _raise_nonfinite(bad: np.ndarray, batch: Batch, setup: Setup) -> None:
+def _raise_nonfinite(bad: np.ndarray, batch: PaddedBatch, setup: Setup) -> None:
     row = int(np.argmax(bad >= 0))
     number, where = int((bad >= 0).sum()), str(bad[row])
     if len(batch.sizes) > 1:
@@ -158,7 +157,7 @@ def _raise_nonfinite(bad: np.ndarray, batch: Batch, setup: Setup) -> None:
 
 
 class Measurement(NamedTuple):
-    """One measurement: its programs, and what they are called with."""
+    """One measurement: its programs and their inputs."""
 
     programs: Programs  # of the loss
     setup: Setup
@@ -167,15 +166,15 @@ class Measurement(NamedTuple):
     revisits: bool
 
     def call(self, program: Callable[..., Any], *arguments: Any) -> Any:
-        """One of the programs above, on the mesh; not so what is read from data, which may be the user's own code."""
+        """Call one of the programs above on the mesh. Reading data, which may run user code, happens outside it."""
         with self.setup.layout.active():
             return program(self.programs, self.setup, *arguments)
 
     def add_all(self, batches: Batches, bar: Any) -> tuple[Any, int, list[tuple[Any, Any]]]:
-        """(the state after all batches, examples left out, (ids, values) of each batch)."""
+        """(the state after all batches, the number of skipped examples, (ids, values) of each batch)."""
         state, skipped, by_batch = None, 0, []
-        # Flags are read one batch late, so that the devices compute while the host makes the next batch.
-        pending: list[tuple[Batch, Flags]] = []
+        # Flags are read one batch late, so that the devices compute while the host prepares the next batch.
+        pending: list[tuple[PaddedBatch, Flags]] = []
         for batch in batches.batches:
             if not self.setup.estimator.by_example and not batches.is_whole(batch):
                 skipped += sum(batch.sizes)
@@ -200,18 +199,18 @@ class Measurement(NamedTuple):
         return state, skipped, by_batch
 
     def finish(self, state: Any, skipped: int) -> tuple[Coherence, GradMoments]:
-        """(the coherence, the moments that it follows from), over all devices."""
+        """(the coherence, its moments), over all devices."""
         with undefined_ratios():
             return self.call(finish, state, skipped)
 
-    def settle(self, state: Any, batch: Batch, flags: Flags) -> tuple[Any, int]:
-        """(state, examples skipped), once a batch that was set aside for its flags is resolved."""
+    def settle(self, state: Any, batch: PaddedBatch, flags: Flags) -> tuple[Any, int]:
+        """(the state, the number of skipped examples) after resolving a batch that was set aside for its flags."""
         skipped, bad = 0, jax.device_get(flags.bad)
         while (bad >= 0).any():
             if self.nonfinite == "raise":
                 _raise_nonfinite(bad, batch, self.setup)
             skipped += int((bad >= 0).sum())
-            if not self.setup.estimator.flags_examples:  # only whole batches are told apart
+            if not self.setup.estimator.flags_examples:  # only whole batches are flagged
                 break
             state, flags = self.call(step, self.inputs, state, (batch.rows, flags.again))
             bad = jax.device_get(flags.bad)

@@ -1,7 +1,7 @@
 """Norms and inner products of pytrees, tensor by tensor, summed in the accumulator dtype.
 
-A tree of parameters may hold integer or boolean leaves (counters, look-up tables). They have no gradient:
-`partition` takes them out, leaving None, and `combine` puts them back.
+Parameters may contain integer or boolean leaves (counters, look-up tables), which have no gradient. `partition`
+replaces them by None, and `combine` puts them back.
 """
 
 import collections
@@ -10,23 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from cg_jax._types import PyTree
 
 
 def accumulator_dtype(dtype: Any) -> Any:
-    """float64 for float64, float32 for every narrower floating dtype (float8 and float4 too); complex, likewise."""
+    """float64 for float64, float32 for every narrower floating dtype (also float8 and float4). The same for complex."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.promote_types(dtype, jnp.complex64)
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def is_differentiable(leaf: Any) -> bool:
-    """Whether `leaf` is of a floating dtype, so that it has a gradient."""
+    """Whether `leaf` has a floating dtype and so has a gradient."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def partition(params: PyTree) -> tuple[PyTree, PyTree]:
-    """(differentiable leaves, the others), each with None where a leaf went to the other side."""
+    """(the differentiable leaves, the other leaves), each with None for the leaves of the other tree."""
     kept = jax.tree.map(lambda leaf: leaf if is_differentiable(leaf) else None, params)
     rest = jax.tree.map(lambda leaf: None if is_differentiable(leaf) else leaf, params)
     return kept, rest
@@ -38,7 +38,7 @@ def combine(kept: PyTree, rest: PyTree) -> PyTree:
 
 
 def accumulate(tree: PyTree) -> PyTree:
-    """Each leaf in its accumulator dtype."""
+    """Cast each leaf to its accumulator dtype."""
     return jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), tree)
 
 
@@ -60,7 +60,7 @@ def row_sums(tree: PyTree) -> PyTree:
     """Σᵢ leaf[i] of each leaf; leaves [B, ...], result [...]."""
 
     def sum_rows(leaf: jax.Array) -> jax.Array:
-        # As a product: a reduction over the rows of a large [B, P] array is up to fifty times slower on a CPU.
+        # A product, since a reduction over the rows of a large [B, P] array is up to fifty times slower on a CPU.
         total = jnp.dot(jnp.ones(leaf.shape[0], leaf.dtype), leaf.reshape(leaf.shape[0], -1), precision="highest")
         return total.reshape(leaf.shape[1:])
 
@@ -88,11 +88,11 @@ def add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def paths(tree: PyTree) -> list[str]:
-    """A name for each leaf, in the order of jax.tree.leaves, no two alike: the keys of its path joined by "/".
+    """A unique name for each leaf, in the order of jax.tree.leaves: the keys of its path joined by "/".
 
-    A key that is empty, holds a "/" or begins like a quoted one is quoted as in Python: {"a/b": …} is 'a/b', quotes and
-    all. Where two names are still the same (keys 0 and "0" of one node, an attribute and a key of one name), those
-    leaves go by JAX's own notation, <['0']>, and by their place in the tree where that is the same too, <[0]>#1.
+    A key that is empty, contains a "/" or starts like a quoted key is quoted as in Python: {"a/b": …} gives 'a/b' with
+    its quotes. If two names are still equal (keys 0 and "0" of one node, an attribute and a key of one name), those
+    leaves use JAX's own notation, <['0']>. If that is equal too, they also get their position in the tree, <[0]>#1.
     """
     keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     names = ["/".join(map(_key_text, path)) for path in keys]
@@ -101,12 +101,12 @@ def paths(tree: PyTree) -> list[str]:
 
 
 def _told_apart(names: list[str], longer: list[str]) -> list[str]:
-    """The names, but the longer one for each that is there twice."""
+    """The names, with the longer one for each duplicate."""
     counts = collections.Counter(names)
     return [long if counts[name] > 1 else name for name, long in zip(names, longer, strict=True)]
 
 
 def _key_text(entry: Any) -> str:
-    """One key of a path; quoted where the name could be read in another way."""
+    """One key of a path, quoted if the name would be ambiguous."""
     text = jax.tree_util.keystr((entry,), simple=True)
     return repr(text) if not text or "/" in text or text[0] in "'\"<" else text

@@ -85,6 +85,7 @@ def test_what_is_right_passes_unchanged(name):
     transform, stacked = RIGHT[name]
     checked, grads = cg.checked(transform), THREE if stacked else GRADS
     states = transform.init(PARAMS), checked.init(PARAMS)
+    want = got = None
     for _ in range(3):
         want, plain = transform.update(grads, states[0], PARAMS)
         got, state = jax.jit(checked.update)(grads, states[1], PARAMS)

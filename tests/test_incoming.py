@@ -219,7 +219,7 @@ def test_every_mode_of_jax(mode):
                 jax.tree.map(lambda g: jnp.stack([g, g, g]), GRADS),
             ),
         ):
-            state = transform.init(PARAMS)
+            updates, state = None, transform.init(PARAMS)
             for _ in range(3):
                 updates, state = transform.update(grads, state, PARAMS)
             jax.tree.map(np.testing.assert_array_equal, updates, want)

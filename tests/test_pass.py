@@ -66,5 +66,6 @@ def test_one_pass_is_one_forward_and_one_backward_pass():
     w, x = jnp.ones((4, 3)), jnp.ones((5, 4))
     of = ghost.one_pass(loss_fn, w, x)
     before = len(traces)
-    ghost.sq_norms(of), ghost.sums(of), ghost.weighted_sums(of, jnp.ones(5)), ghost.alignments(of, w)
+    every = (ghost.sq_norms(of), ghost.sums(of), ghost.weighted_sums(of, jnp.ones(5)), ghost.alignments(of, w))
+    assert len(every) == 4
     assert len(traces) == before

@@ -189,7 +189,9 @@ def test_a_checkpoint_holds_every_kind_of_leaf(tmp_path):
     }
     position = Position(1, 20, 0, {"training": 1.5})
     Checkpoints(tmp_path).save(position, state)
-    found, leaves = Checkpoints(tmp_path).restore(0)
+    restored = Checkpoints(tmp_path).restore(0)
+    assert restored is not None
+    found, leaves = restored
     assert found == position
     for leaf, want in zip(leaves, jax.tree.leaves(state), strict=True):
         assert leaf.dtype == want.dtype
@@ -199,7 +201,7 @@ def test_a_checkpoint_holds_every_kind_of_leaf(tmp_path):
 @pytest.mark.slow
 def test_two_processes_go_on_together(tmp_path):
     """The second has no folder: it is told what the first has read."""
-    out = tmp_path / "run"
+    out, metrics = tmp_path / "run", b""
     for again in (False, True):
         port = free_port()
         cluster = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]

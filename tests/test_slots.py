@@ -22,6 +22,7 @@ def _last(transform, params, grads):
     """The last of the updates, and the state."""
     state, update = transform.init(params), jax.jit(transform.update)
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    updates = None
     for grad in grads:
         updates, state = update(grad, state, params)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
@@ -147,6 +148,7 @@ def test_updates_on_a_mesh_stay_sharded_and_are_those_of_one_device(kind, name, 
     plain = jax.tree.map(np.zeros_like, jax.tree.map(np.asarray, params))
     state, plain_state = transform.init(params), transform.init(plain)
     update = jax.jit(transform.update) if jit else transform.update
+    updates = None
     for _ in range(4 if jit else 3):
         values = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), plain)
         gradients = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), values, params)
@@ -166,7 +168,7 @@ def test_slots_vary_inside_shard_map_as_their_parameters_do():
     transform = cg.m3(optax.sgd(-1.0))
 
     def three(w, grads):
-        state = transform.init(w)
+        updates, state = None, transform.init(w)
         for gradient in grads:
             updates, state = transform.update(gradient, state, w)
         return updates

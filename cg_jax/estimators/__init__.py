@@ -1,4 +1,4 @@
-"""Estimators of coherence, by name; each is one file."""
+"""Estimators of coherence, by name. Each one is one file."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,17 +18,17 @@ _BY_NAME: dict[str, type[Estimator]] = {}
 
 
 def register_estimator(name: str, estimator: E) -> E:
-    """Give an `Estimator` class a name, by which `measure_coherence(estimator=name)` makes it.
+    """Register an `Estimator` class under a name for `measure_coherence(estimator=name)`.
 
     Args:
-        name: A name; one that is taken is taken over.
-        estimator: A frozen dataclass, each field of which has a default.
+        name: A name. It replaces an existing estimator of that name.
+        estimator: A frozen dataclass. Each field has a default.
 
     Returns:
         The class.
 
     Raises:
-        TypeError: estimator is no subclass of `Estimator`.
+        TypeError: estimator is not a subclass of `Estimator`.
     """
     if not (isinstance(estimator, type) and issubclass(estimator, Estimator)):
         raise TypeError(f"Expected estimator to be a subclass of Estimator, got {_validate.shown('it', estimator)}.")
@@ -42,14 +42,14 @@ register_estimator("batch", Batch)
 
 
 def estimator_of(estimator: str | Estimator, options: Mapping[str, tuple[Any, Any]] | None = None) -> Estimator:
-    """The estimator that a name and its options stand for, or the object itself.
+    """The estimator of a name and its options, or the estimator object itself.
 
     Args:
         estimator: A name or an object.
-        options: Option → (its value, its default). Of a name those that it has are taken.
+        options: Option → (its value, its default). A name uses the options that are fields of its class.
 
     Raises:
-        ValueError: Unknown name, an option that an object was given beside it, or `confidence` where there is none.
+        ValueError: Unknown name, an option given beside an object, or `confidence` for an estimator without it.
     """
     options = options or {}
     changed = {name: value for name, (value, default) in options.items() if value != default}

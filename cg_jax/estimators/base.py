@@ -1,4 +1,4 @@
-"""What an estimator of coherence is: how a batch is summed up, and what follows from the sums."""
+"""The base class of estimators of coherence: the sums of a batch, and the coherence that follows from them."""
 
 import abc
 import dataclasses
@@ -9,49 +9,48 @@ import jax.numpy as jnp
 
 from cg_jax import trees
 from cg_jax._loss import LossFn
+from cg_jax._types import PyTree
 from cg_jax.metrics import Coherence
 from cg_jax.moments import GradMoments
 
-PyTree = Any
-
 
 class Problem(NamedTuple):
-    """What every batch is measured with."""
+    """The inputs that all batches share."""
 
     loss_fn: LossFn  # loss_fn(params, example), or of a batch
     params: PyTree
-    arrays: PyTree  # the estimator's own, of `Estimator.split`
-    has_aux: bool  # loss_fn returns (loss, aux); aux is dropped
+    arrays: PyTree  # the estimator's own, from `Estimator.split`
+    has_aux: bool  # whether loss_fn returns (loss, aux); aux is dropped
     axis: str | None  # the axis of the shard_map that this runs in, if any
 
 
 class OfRows(NamedTuple):
-    """What a batch says of each of its rows, [B]."""
+    """The results for each row of a batch, [B]."""
 
     is_bad: jax.Array  # whether its loss or gradient is not finite
-    values: jax.Array  # what `Estimator.revisit` needs of it, such as ‖gᵢ‖²
+    values: jax.Array  # the value that `Estimator.revisit` needs, such as ‖gᵢ‖²
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(abc.ABC):
-    """How coherence is estimated: `init`, `update` and `finalize` of a state, a NamedTuple of sums.
+    """An estimator of coherence: `init`, `update` and `finalize` of a state, a NamedTuple of sums.
 
-    The state begins at zero. `of_batch` sums up a batch, and `update` adds its sums to the state. Estimators
-    `by_example` see one shard of a batch on every device, and the sums of all devices are added up at the end: their
-    `update` is addition. The others see a whole batch.
+    The state starts at zero. `of_batch` computes the sums of a batch, and `update` adds them to the state. An estimator
+    with `by_example` receives one shard of a batch on every device. The sums of all devices are added at the end, so
+    its `update` is addition. Any other estimator receives a whole batch.
 
-    Subclasses are frozen dataclasses, whose fields are their options. `register_estimator` gives a subclass its name.
+    Subclasses are frozen dataclasses. Their fields are their options. `register_estimator` gives a subclass its name.
     """
 
     by_example: ClassVar[bool] = True
-    """loss_fn is the loss of one example; else loss_fn(params, batch) is the mean loss of a batch without padding."""
+    """Whether loss_fn is the loss of one example. If not, loss_fn(params, batch) is the mean loss of a whole batch."""
     flags_examples: ClassVar[bool] = False
-    """`OfRows.is_bad` tells single examples apart, so that a batch without the bad ones is worth another try."""
+    """Whether `OfRows.is_bad` marks single examples, so that a batch can be repeated without the bad ones."""
     like_params: ClassVar[tuple[str, ...]] = ("sum_grads",)
-    """The fields of the state that are like the differentiable parameters, and sharded as they are."""
+    """The fields of the state with the structure of the differentiable parameters. They are sharded like them."""
 
     def split(self) -> tuple[Self, PyTree]:
-        """(what programs are compiled for, arrays that they take): options that compile nothing again are arrays."""
+        """(static part, arrays). Options that need no new program are arrays; programs are compiled for the rest."""
         return self, None
 
     @property
@@ -61,19 +60,19 @@ class Estimator(abc.ABC):
 
     @abc.abstractmethod
     def of_batch(self, problem: Problem, rows: PyTree, ids: jax.Array) -> tuple[Any, OfRows]:
-        """(the sums of a batch, what it says of its rows), given rows [B, ...] and their ids [B], −1 where masked."""
+        """(the sums of a batch, the results of its rows), given rows [B, ...] and their ids [B], −1 where masked."""
 
     def init(self, sums: Any) -> Any:
-        """The shapes of a state, given the shapes of the sums of one batch."""
+        """The shapes of the state, given the shapes of the sums of one batch."""
         return sums
 
     def update(self, state: Any, sums: Any) -> Any:
-        """The state with the sums of one more batch. Estimators by example add."""
+        """The state with the sums of one more batch added."""
         return trees.add(state, sums)
 
     @abc.abstractmethod
     def moments(self, state: Any) -> GradMoments:
-        """The moments that the state holds or estimates, so that all ratios follow from moments."""
+        """The moments that the state holds or estimates. All ratios follow from them."""
 
     @abc.abstractmethod
     def finalize(self, state: Any, num_skipped: Any) -> Coherence:
@@ -82,23 +81,25 @@ class Estimator(abc.ABC):
     def revisit(self, problem: Problem, measured: PyTree, rows: PyTree, ids: jax.Array, values: jax.Array) -> jax.Array:
         """A sum over a batch, given `measured` = (mean gradient, α, mean ‖gᵢ‖²) and the `OfRows.values`.
 
-        `conclude` makes a standard error of the sum over all batches.
+        `conclude` turns the sum over all batches into a standard error.
         """
         raise NotImplementedError
 
     def conclude(self, total: jax.Array, count: jax.Array) -> jax.Array:
-        """alpha_stderr, given the sum of `revisit` over all batches and the number of examples."""
+        """alpha_stderr from the sum of `revisit` over all batches and the number of examples."""
         raise NotImplementedError
 
 
 def all_finite(*values: PyTree) -> jax.Array:
-    """Whether all values are finite; their sum may not be."""
+    """Whether all values are finite. Their sum may still be non-finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(values)]).all()
 
 
 def of_few(error: jax.Array, number: jax.Array) -> jax.Array:
-    """A standard error that was estimated from `number` squares: their root is too small on average, for normal numbers
-    by √(2/n) Γ((n + 1)/2) / Γ(n/2), which is 0.80 for one square and 0.92 for three.
+    """Correct a standard error that was estimated from `number` squares.
+
+    The root of their mean is too small on average. For normal numbers the factor is √(2/n) Γ((n + 1)/2) / Γ(n/2), which
+    is 0.80 for one square and 0.92 for three.
     """
     n = number.astype(error.dtype)
     gammas = jax.scipy.special.gammaln((n + 1) / 2) - jax.scipy.special.gammaln(n / 2)
@@ -106,7 +107,7 @@ def of_few(error: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def where_squares_fit(size: jax.Array, error: jax.Array) -> jax.Array:
-    """`error`, NaN where squares of numbers of that size leave the range of the dtype."""
+    """`error`, or NaN if squares of numbers of this size leave the range of the dtype."""
     limits = jnp.finfo(size.dtype)
     low, high = limits.tiny**0.5 * 100, limits.max**0.5 / 100
     return jnp.where((size > low) & (size < high), error, jnp.nan)

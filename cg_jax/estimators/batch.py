@@ -1,4 +1,4 @@
-"""Coherence from the mean gradients of disjoint batches, for losses that see a whole batch."""
+"""Coherence from the mean gradients of disjoint batches, for losses of a whole batch."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from cg_jax import trees
 from cg_jax._loss import checked_loss, require_dependence_on
-from cg_jax.estimators.base import Estimator, OfRows, Problem, PyTree, all_finite, of_few, where_squares_fit
+from cg_jax._types import PyTree
+from cg_jax.estimators.base import Estimator, OfRows, Problem, all_finite, of_few, where_squares_fit
 from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments
 
 
 class BatchSums(NamedTuple):
-    """What one batch of k examples yields."""
+    """The sums of one batch of k examples."""
 
     count: jax.Array  # k, or 0 for no batch
     sum_losses: jax.Array  # k times the mean loss
@@ -23,14 +24,14 @@ class BatchSums(NamedTuple):
 
 
 class BatchState(NamedTuple):
-    """Sums over batches; scalars but for sum_grads and previous."""
+    """Sums over batches. All fields are scalars except sum_grads, sq_means and previous."""
 
     count: jax.Array
     number: jax.Array  # of batches
     sum_losses: jax.Array
     sum_grads: PyTree
     sq_means: PyTree  # Σ_b ‖mean gradient of batch b‖² of each tensor
-    pairs: jax.Array  # of batches, each second one with the one before it
+    pairs: jax.Array  # of batches: each second batch with the one before it
     sum_apart: jax.Array  # Σ over pairs of half the squared distance of their mean gradients
     sum_sq_apart: jax.Array  # Σ over pairs of its square
     previous: PyTree  # the mean gradient of the last batch, like the parameters
@@ -40,10 +41,11 @@ class BatchState(NamedTuple):
 class Batch(Estimator):
     """α = c α_W / (1 − α_W (1 − c)), c = (m − k)/(k (m − 1)), α_W that of mean gradients of disjoint batches of k.
 
-    loss_fn(params, batch) is the mean loss of a batch, which may normalise over it (BatchNorm in training). Batches
-    must be random: shuffle data that comes in order of class. Those that are not whole are left out and counted in
-    num_skipped; m is what was used. Every batch ends in an all-reduce. Of one batch alone α is NaN. alpha_stderr is by
-    how far pairs of batches are apart (NaN below 4 batches), too large where norms differ much between examples.
+    loss_fn(params, batch) is the mean loss of a batch. It may normalise over the batch (BatchNorm in training). Batches
+    must be random: shuffle data that is sorted by class. Batches that are not whole are skipped and counted in
+    num_skipped; m counts the examples used. Every batch ends with an all-reduce. α is NaN for a single batch.
+    alpha_stderr follows from the distances between pairs of batches. It is NaN below 4 batches, and too large if norms
+    differ much between examples.
     """
 
     by_example: ClassVar[bool] = False
@@ -69,10 +71,10 @@ class Batch(Estimator):
         return BatchState(count, count, loss, sums.sum_grads, sums.sq_means, count, loss, loss, sums.sum_grads)
 
     def update(self, state: BatchState, sums: BatchSums) -> BatchState:
-        """One more batch.
+        """The state with one more batch.
 
-        Half the squared distance of every second batch to the one before it is kept: its mean is the variance of a mean
-        gradient over the batches.
+        It sums half the squared distance of every second batch to the one before it. The mean of that is the variance
+        of a mean gradient over the batches.
         """
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1).astype(g.dtype), sums.sum_grads)
         apart = trees.total(trees.sq_norms(jax.tree.map(jnp.subtract, grads, state.previous))) / 2
@@ -93,7 +95,7 @@ class Batch(Estimator):
         )
 
     def moments(self, state: BatchState) -> GradMoments:
-        """Q such that α is the α of single examples that the mean gradients of disjoint batches of k of m imply.
+        """Moments whose Q gives the α of single examples, implied by mean gradients of disjoint batches of k of m.
 
         With V = mean ‖G‖² − ‖ḡ‖² over the N = m/k batches and c = (m − k)/(k (m − 1)), the variance over single
         examples is V/c: α = ‖ḡ‖² / (‖ḡ‖² + V/c).
@@ -101,14 +103,14 @@ class Batch(Estimator):
         m, number, c = _sizes(state)
 
         def of_tensor(total: jax.Array, squares: jax.Array) -> jax.Array:
-            square = trees.sq_norms(total / m.astype(total.dtype))  # the square of S may leave the range, this does not
+            square = trees.sq_norms(total / m.astype(total.dtype))  # ‖S‖² may leave the range; this does not
             return m * (square + (squares / number - square) / c.astype(square.dtype))
 
         sum_sq_norms = jax.tree.map(of_tensor, state.sum_grads, state.sq_means)
         return GradMoments(state.count, state.sum_losses, state.sum_grads, sum_sq_norms)
 
     def finalize(self, state: BatchState, num_skipped: Any) -> Coherence:
-        """V is N − 1 squared distances; each scatters as the half squared distances of pairs do."""
+        """V consists of N − 1 squared distances, each with the variance of half the squared distance of a pair."""
         measured = coherence(self.moments(state), num_skipped=num_skipped)
         _, number, c = _sizes(state)
         pairs = state.pairs.astype(state.sum_apart.dtype)

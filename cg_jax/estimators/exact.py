@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _validate, trees
-from cg_jax.estimators.base import Estimator, OfRows, Problem, PyTree
+from cg_jax._types import PyTree
+from cg_jax.estimators.base import Estimator, OfRows, Problem
 from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments
 from cg_jax.per_example import aligned
@@ -16,12 +17,13 @@ from cg_jax.statistics import METHODS, batch_statistics, fill_masked, to_moments
 
 @dataclasses.dataclass(frozen=True)
 class Exact(Estimator):
-    """S = Σ gᵢ and Q = Σ ‖gᵢ‖² as they are: α = ‖S‖² / (m Q). Its state is a `GradMoments`.
+    """α = ‖S‖² / (m Q) from the exact S = Σ gᵢ and Q = Σ ‖gᵢ‖². The state is a `GradMoments`.
 
     Args:
         method: "ghost", or "vmap" for the plain reference.
-        confidence: Give alpha_stderr, the infinitesimal jackknife's standard error of α over new samples of m examples:
-            √(Σ uᵢ²)/m with uᵢ = (2 (gᵢ·ḡ) − α ‖gᵢ‖² − ‖ḡ‖²)/q̄, where q̄ = Q/m. It takes one more pass over the data.
+        confidence: Compute alpha_stderr, the infinitesimal jackknife's standard error of α over new samples of m
+            examples: √(Σ uᵢ²)/m with uᵢ = (2 (gᵢ·ḡ) − α ‖gᵢ‖² − ‖ḡ‖²)/q̄, where q̄ = Q/m. This takes one more pass over
+            the data.
 
     Raises:
         ValueError: Unknown method.
@@ -39,16 +41,16 @@ class Exact(Estimator):
         _validate.one_of("method", self.method, METHODS)
 
     def split(self) -> tuple[Self, PyTree]:
-        """The programs are the same with confidence."""
+        """The programs do not depend on confidence."""
         return dataclasses.replace(self, confidence=False), None
 
     @property
     def revisits(self) -> bool:
-        """For the jackknife."""
+        """Whether the data is read a second time, for the jackknife."""
         return self.confidence
 
     def of_batch(self, problem: Problem, rows: PyTree, ids: jax.Array) -> tuple[GradMoments, OfRows]:
-        """By the engine, or vmap: the moments, and the squared norm of every row."""
+        """The moments and the squared norm of every row, by the engine or by vmap."""
         mask = ids >= 0
         batch = batch_statistics(problem.loss_fn, problem.params, rows, mask, self.method, has_aux=problem.has_aux)
         sq_norms = trees.total(batch.sq_norms)
@@ -60,11 +62,11 @@ class Exact(Estimator):
         return state
 
     def finalize(self, state: GradMoments, num_skipped: int) -> Coherence:
-        """By `coherence`."""
+        """The coherence of the moments."""
         return coherence(state, num_skipped=num_skipped)
 
     def revisit(self, problem: Problem, measured: PyTree, rows: PyTree, ids: jax.Array, values: jax.Array) -> jax.Array:
-        """Σ uᵢ² over a batch: a number of these, over m, is what α moves by when example i weighs a little more."""
+        """Σ uᵢ² over a batch. uᵢ/m is the derivative of α with respect to the weight of example i."""
         mean_grad, alpha, mean_sq_norm = measured
         mask = (ids >= 0) & (values >= 0)
         products, _ = aligned(problem.loss_fn, problem.params, fill_masked(rows, mask), mean_grad, problem.has_aux)
@@ -73,5 +75,5 @@ class Exact(Estimator):
         return jnp.sum(moved**2)
 
     def conclude(self, total: jax.Array, count: jax.Array) -> jax.Array:
-        """√(Σ uᵢ²)/m, NaN of one example."""
+        """√(Σ uᵢ²)/m, or NaN for one example."""
         return jnp.where(count > 1, jnp.sqrt(total) / count.astype(total.dtype), jnp.nan)

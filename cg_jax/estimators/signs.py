@@ -1,4 +1,4 @@
-"""Coherence by random signs: ordinary backward passes of any loss."""
+"""Coherence by random signs, which needs only ordinary backward passes of any loss."""
 
 import dataclasses
 from typing import Any, NamedTuple, Self
@@ -8,14 +8,15 @@ import jax.numpy as jnp
 
 from cg_jax import _validate, trees
 from cg_jax._loss import checked_loss, require_dependence
-from cg_jax.estimators.base import Estimator, OfRows, Problem, PyTree, all_finite, of_few, where_squares_fit
+from cg_jax._types import PyTree
+from cg_jax.estimators.base import Estimator, OfRows, Problem, all_finite, of_few, where_squares_fit
 from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments
 from cg_jax.statistics import fill_masked
 
 
 class SignsState(NamedTuple):
-    """Sums over batches, and over devices; scalars but for sum_grads."""
+    """Sums over batches and devices. All fields are scalars except sum_grads and sq_signed."""
 
     count: jax.Array
     sum_losses: jax.Array
@@ -28,14 +29,14 @@ class SignsState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Signs(Estimator):
-    """Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1, the mean of two draws: three ordinary backward passes a batch.
+    """Q ≈ Σ_b ‖Σᵢ εᵢ gᵢ‖² with random signs εᵢ = ±1, averaged over two draws: three backward passes per batch.
 
-    E‖Σ εᵢ gᵢ‖² = Σ ‖gᵢ‖², one term for each batch on each device. For losses that the engine is not for. Its sums over
-    a batch are in the dtype of the model: for float16 and narrower ones take `Exact`. alpha_stderr is that of the draws
-    of signs, around the exact α of the same examples.
+    E‖Σ εᵢ gᵢ‖² = Σ ‖gᵢ‖², with one term for each batch on each device. Use it for losses that do not suit the engine.
+    Sums over a batch have the dtype of the model, so use `Exact` for float16 and narrower dtypes. alpha_stderr is the
+    error due to the random signs, around the exact α of the same examples.
 
     Args:
-        seed: Of the signs, ≥ 0; a new one compiles nothing again.
+        seed: Seed of the signs, ≥ 0. A new seed does not recompile.
 
     Raises:
         ValueError: seed < 0.
@@ -47,11 +48,11 @@ class Signs(Estimator):
         _validate.at_least("seed", self.seed, 0)
 
     def split(self) -> tuple[Self, PyTree]:
-        """The seed is an array."""
+        """The seed is an array, so that a new one does not recompile."""
         return dataclasses.replace(self, seed=0), jnp.asarray(int(self.seed) % 2**32, jnp.uint32)
 
     def of_batch(self, problem: Problem, rows: PyTree, ids: jax.Array) -> tuple[SignsState, OfRows]:
-        """S, and ‖Σ εᵢ gᵢ‖² of two draws. Of two draws from the same examples the difference is by the signs alone."""
+        """S, and ‖Σ εᵢ gᵢ‖² of two draws. The two draws of the same examples differ only by the signs."""
         mask = ids >= 0
         rows = fill_masked(rows, mask)
         require_dependence(problem.loss_fn, problem.params, rows, problem.has_aux)
@@ -60,7 +61,7 @@ class Signs(Estimator):
         losses, pull = jax.vjp(lambda p: jax.vmap(loss, (None, 0))(p, rows), kept)
         weights = jnp.concatenate([jnp.ones_like(losses)[None], _draws(problem, losses, ids)])
         totals = [trees.accumulate(pull(jnp.where(mask, w, 0))[0]) for w in weights]
-        # Where no row counts, what was done to the first may still be NaN.
+        # If all rows are masked, the results of the first row may still be NaN.
         total, *signed = jax.tree.map(lambda leaf: jnp.where(mask.any(), leaf, 0), totals)
         squares = [trees.sq_norms(each) for each in signed]
         one, other = map(trees.total, squares)
@@ -78,11 +79,11 @@ class Signs(Estimator):
         return state, OfRows(jnp.broadcast_to(is_bad, ids.shape), jnp.zeros(ids.shape, one.dtype))
 
     def moments(self, state: SignsState) -> GradMoments:
-        """The squares add up to an estimate of Q."""
+        """The moments with the sum of the squares as the estimate of Q."""
         return GradMoments(state.count, state.sum_losses, state.sum_grads, sum_sq_norms=state.sq_signed)
 
     def finalize(self, state: SignsState, num_skipped: Any) -> Coherence:
-        """α by the estimate of Q, off by what the draws differ by."""
+        """α from the estimate of Q. Its error follows from the difference between the draws."""
         measured = coherence(self.moments(state), num_skipped=num_skipped)
         mean = state.sum_both / state.number.astype(state.sum_both.dtype)
         error = where_squares_fit(mean, jnp.sqrt(state.sum_sq_half_differences)) / (state.sum_both / 2)
@@ -90,7 +91,7 @@ class Signs(Estimator):
 
 
 def _draws(problem: Problem, losses: jax.Array, ids: jax.Array) -> jax.Array:
-    """Two signs of every row, [2, B], the same whatever batch it is in; every device draws its own."""
+    """Two signs for every row, [2, B]. They do not depend on its batch. Every device draws its own."""
     key = jax.random.key(problem.arrays)
     if problem.axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(problem.axis))

@@ -1,11 +1,11 @@
-"""The one-pass engine: exact per-example gradient statistics of any JAX function, no per-example gradient built.
+"""The one-pass engine: exact per-example gradient statistics of any JAX function, without per-example gradients.
 
-`primitives` is the table of all that is known of each primitive. `capture` traces the loss and finds where parameters
-meet values of the example, as far as gradients pass (`activity`). `rules` says how the squared norm of a gradient
-follows at such a place (`product`, `norm`); `uses` (`views`, `factors`) brings it back to the parameter. `plan` and
-`cost` choose for each tensor, `backward` runs the one backward pass (`inline`: norms inside it), and `engine` makes a
-`Pass` of what it leaves, of which norms, sums, weighted sums and alignments are functions (`tensors`, `scalars`;
-`products`, `chunks`). `instances` is the fallback. docs/engine.md explains.
+`primitives` is the table of primitives. `capture` traces the loss and finds the sites where parameters meet values of
+the example and gradients pass (`activity`). `rules` gives the squared norm of a gradient at a site (`product`, `norm`).
+`uses` (`views`, `factors`) maps it back to the parameter. `plan` and `cost` choose a method for each tensor. `backward`
+runs the one backward pass (`inline`: with norms inside it). `engine` returns a `Pass`, of which norms, sums, weighted
+sums and alignments are functions (`tensors`, `scalars`, `products`, `chunks`). `instances` is the fallback. See
+docs/engine.md.
 """
 
 from cg_jax.ghost.engine import alignments, one_pass, sq_norms, sums, weighted_sums

@@ -1,8 +1,8 @@
-"""Which results of an equation carry a tangent, given which operands do: exactly what jax.grad would see.
+"""The results of an equation that carry a tangent, given the operands that do, exactly as in jax.grad.
 
-A value is *active* when jax.grad carries a tangent to it from a parameter. stop_gradient, sign and their like end
-activity, and a rule with `symbolic_zeros=True` may. Most primitives pass it on to every inexact result; the others are
-asked, by differentiating the one equation with a probe on each of its results.
+A value is *active* if jax.grad carries a tangent to it from a parameter. stop_gradient, sign and similar primitives end
+activity, and a rule with `symbolic_zeros=True` may do so. Most primitives pass activity on to every inexact result. For
+the others, the equation is differentiated with a probe on each of its results.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ def is_inexact(var: Any) -> bool:
 
 def passes_on(eqn: Any) -> bool:
     """Whether every inexact operand passes a tangent on to every inexact result."""
-    # Unless a custom rule asks for symbolic zeros, it is given zeros, and what it gives is a tangent.
+    # Unless a custom rule asks for symbolic zeros, it receives zeros, and its result is a tangent.
     return bool(primitives.of(eqn).passes) or eqn.params.get("symbolic_zeros") is False
 
 
 def active_outputs(eqn: Any, operands: Sequence[int]) -> tuple[int, ...]:
-    """Positions of the results that carry a tangent where the operands at these positions do."""
+    """Positions of the results that carry a tangent if the operands at these positions do."""
     operands = [i for i in operands if is_inexact(eqn.invars[i])]
     inexact = tuple(k for k, out in enumerate(eqn.outvars) if is_inexact(out))
     if not operands or primitives.of(eqn).passes is False:
@@ -39,7 +39,7 @@ def active_outputs(eqn: Any, operands: Sequence[int]) -> tuple[int, ...]:
 
 
 def _probed(eqn: Any, operands: Sequence[int], outputs: Sequence[int]) -> list[bool]:
-    """What JAX says of one equation; all are active where JAX cannot differentiate it."""
+    """The active results of one equation according to JAX. All are active if JAX cannot differentiate it."""
     active = [False] * len(outputs)
 
     def probe(k: int, value: Any) -> Any:
@@ -74,7 +74,7 @@ def _probed(eqn: Any, operands: Sequence[int], outputs: Sequence[int]) -> list[b
 def has_reverse_mode(eqn: Any, positions: Sequence[int]) -> bool:
     """Whether JAX can differentiate one equation, in reverse mode, with respect to the operands at `positions`.
 
-    It refuses some primitives (a while loop), which a loss may hold where no gradient passes.
+    It rejects some primitives (a while loop). A loss may contain them where no gradient passes.
     """
     if primitives.of(eqn).is_differentiable:
         return True

@@ -1,4 +1,4 @@
-"""One forward and one backward pass over the batch that leave, for every site, what its rule needs."""
+"""One forward and one backward pass over the batch that record, for every site, the inputs of its rule."""
 
 import contextlib
 from collections.abc import Generator, Sequence
@@ -21,9 +21,9 @@ Traces = dict[tuple[int, ...], tuple[list[jax.Array], list[jax.Array]]]
 
 @jax.custom_vjp
 def _tap(value: jax.Array, tap: jax.Array) -> jax.Array:
-    """`value`; its cotangent is also that of `tap`. Nothing is added, so that nothing is paid for."""
-    # vmap would sum the cotangents of a value that is the same for all examples. This makes it one of each example's
-    # own, and is folded away when it is compiled.
+    """`value`, whose cotangent is also the cotangent of `tap`. There is no addition, so it costs nothing."""
+    # vmap would sum the cotangents of a value that is the same for all examples. The select gives each example its own
+    # value. The compiler folds it away.
     return jax.lax.select(jnp.zeros(value.shape, bool), tap, value)
 
 
@@ -31,7 +31,7 @@ _tap.defvjp(lambda value, tap: (_tap(value, tap), None), lambda _, cotangent: (c
 
 
 class Backward(NamedTuple):
-    """What one forward and one backward pass over the batch left."""
+    """The results of one forward and one backward pass over the batch."""
 
     losses: jax.Array  # [B]
     aux: list[jax.Array]  # [B, ...]
@@ -46,9 +46,9 @@ def backward(
     weights: jax.Array,
     inside: Sequence[InlinePlan] = (),
 ) -> Backward:
-    """Run the loss of every example, and Σ wᵢ ℓᵢ back to what every site made.
+    """Run the loss of every example, and the backward pass of Σ wᵢ ℓᵢ to the outputs of every site.
 
-    A site of `inside` leaves ‖wᵢ gᵢ‖² of every step in place of its cotangent, and the sum of its view's gradients.
+    A site of `inside` gives ‖wᵢ gᵢ‖² of every step instead of its cotangent, and the sum of the gradients of its view.
     """
     plans = {plan.use.key: plan for plan in inside}
     views = [plan.path.outer[-1].result if plan.path.outer else program.parameters[plan.parameter] for plan in inside]
@@ -57,8 +57,10 @@ def backward(
         static = env | dict(zip(views, values, strict=True))
 
         def one(taps: Any, example: list[jax.Array]) -> tuple[jax.Array, Any]:
-            run = _Run(zero, plans)
-            (loss, *aux), seen = run.of(program, static | dict(zip(program.inputs, example, strict=True)), taps, ())
+            evaluator = _Evaluator(zero, plans)
+            (loss, *aux), seen = evaluator.of(
+                program, static | dict(zip(program.inputs, example, strict=True)), taps, ()
+            )
             return loss, (aux, seen)
 
         return jax.vmap(one)(taps, examples)
@@ -81,14 +83,14 @@ def backward(
 
 @contextlib.contextmanager
 def located_errors(program: Program) -> Generator[None]:
-    """Of a loss that JAX cannot differentiate, say which equation it cannot."""
+    """A context in which errors name the equation that JAX cannot differentiate."""
     try:
         yield
     except (ValueError, NotImplementedError) as error:
         for eqn in program.dynamic:
             positions = [i for i, atom in enumerate(eqn.invars) if is_inexact(atom)]
             if positions and not has_reverse_mode(eqn, positions):
-                where = _compat.source_of(eqn) or "an unknown line"
+                where = _compat.line_of(eqn) or "an unknown line"
                 raise ValueError(
                     "Expected a loss_fn that jax.grad can differentiate, got one whose gradient passes through "
                     f"{eqn.primitive.name}, at {where}, which has no reverse mode: {error}"
@@ -99,7 +101,7 @@ def located_errors(program: Program) -> Generator[None]:
 def _zero_taps(
     program: Program, leading: tuple[int, ...], key: tuple[int, ...], plans: dict[tuple[int, ...], InlinePlan]
 ) -> dict[int, Any]:
-    """Zeros for every tapped output, by site, [*leading, *shape]; one number where norms are taken inside."""
+    """Zeros [*leading, *shape] for every tapped output, by site. One number if norms are taken inside."""
     taps: dict[int, Any] = {}
     for index, site in program.sites.items():
         if isinstance(site, Nested):
@@ -112,16 +114,16 @@ def _zero_taps(
     return taps
 
 
-class _Run(NamedTuple):
-    """How a program is run for one example."""
+class _Evaluator(NamedTuple):
+    """Evaluates a program for one example, and keeps what its sites see."""
 
-    zero: jax.Array  # differentiated, for rules that ask what is
+    zero: jax.Array  # differentiated, for rules that ask which operands are
     plans: dict[tuple[int, ...], InlinePlan]  # the uses whose norms are taken inside
 
     def of(
         self, program: Program, env: dict[Any, Any], taps: dict[int, Any], key: tuple[int, ...]
     ) -> tuple[list[Any], dict[int, Any]]:
-        """(results, what the sites saw) of a program; `env` holds all that is static, and the inputs."""
+        """(results, operands seen by the sites) of a program. `env` holds all static values and the inputs."""
         seen: dict[int, Any] = {}
         for index, eqn in enumerate(program.dynamic):
             operands, site = read_all(eqn.invars, env), program.sites.get(index)
@@ -135,7 +137,7 @@ class _Run(NamedTuple):
                 for k, tap in zip(site.taps, taps[index], strict=True):
                     if plan is not None:
                         outs[k], seen[index] = plan.tap(outs[k], tap, seen[index]), []
-                    else:  # XLA folds an added zero away, but in a body it cannot see that taps are zeros
+                    else:  # XLA folds an added zero away, but inside a body it does not know that taps are zeros
                         outs[k] = _tap(outs[k], tap) if key else outs[k] + tap
             env.update(zip(eqn.outvars, outs, strict=True))
         return read_all(program.outputs, env), seen
@@ -143,7 +145,7 @@ class _Run(NamedTuple):
     def of_nested(
         self, nested: Nested, operands: list[Any], taps: dict[int, Any], key: tuple[int, ...]
     ) -> tuple[list[Any], dict[int, Any]]:
-        """A scan that takes taps and hands out what the sites of every step saw, stacked; a checkpoint, likewise."""
+        """A scan or a checkpoint that takes taps and also returns what its sites saw, stacked over the steps."""
         body, call = nested.body, nested.call
 
         def once(operands: list[Any], taps: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:

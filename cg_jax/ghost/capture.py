@@ -1,12 +1,12 @@
-"""From a loss to its parameter uses: which equations a parameter meets a value of the example in.
+"""Find the parameter uses of a loss: the equations in which a parameter meets a value of the example.
 
-A value is *static* when it follows from parameters and constants alone, else *dynamic* (it depends on the example). An
-equation with a static operand that carries a gradient to a parameter, and with a dynamic result through which that
-gradient passes, is a `Site`. Its static operands are *views* of the parameters: computed once, outside the batch.
-Where no gradient passes (a stop_gradient before it or after it), there is no site, and nothing is paid for.
+A value is *static* if it follows from parameters and constants alone. Otherwise it depends on the example and is
+*dynamic*. A `Site` is an equation with a static operand that carries a gradient to a parameter, and with a dynamic
+result through which that gradient passes. Its static operands are *views* of the parameters. They are computed once,
+outside the batch. If no gradient passes (a stop_gradient before or after it), there is no site and no cost.
 
-The body of a scan or of a checkpoint is a program too (`Nested`), whose parameters are the views that the equation is
-given. What does not fit, a parameter in the carry for one, stays one opaque site.
+The body of a scan or of a checkpoint is a program too (`Nested`). Its parameters are the views that the equation
+receives. An equation that does not fit, for example with a parameter in the carry, stays one opaque site.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from cg_jax import _compat
 from cg_jax._loss import LossFn, checked_pair
+from cg_jax._types import PyTree
 from cg_jax.ghost import activity, primitives
 from cg_jax.ghost.evaluation import is_var, leading_to, read_all
 from cg_jax.ghost.primitives import calls
 
-PyTree = Any
 Dynamic = Sequence[tuple[Any, tuple[int, ...]]]  # equations, and which of their results carry a tangent
 
 
@@ -45,11 +45,11 @@ class Nested:
     eqn: Any
     call: calls.Body
     body: "Program"
-    operands: dict[Any, Any]  # variable of the body → variable or literal of the outer program, of all that is static
-    checkpoint: Any  # of a scan whose body held a checkpoint, that equation: every step is run as one
+    operands: dict[Any, Any]  # static variable of the body → variable or literal of the outer program
+    checkpoint: Any  # the checkpoint equation in the body of a scan, if any: every step runs as that checkpoint
 
     def is_slice(self, var: Any) -> bool:
-        """Whether a parameter of the body is a slice of its operand, another one in every step."""
+        """Whether a parameter of the body is a slice of its operand, a different one in every step."""
         return self.call.length is not None and var in self.slices
 
     @property
@@ -60,34 +60,34 @@ class Nested:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function as one flat list of equations, static ones apart."""
+    """A function as one flat list of equations, with the static ones separate."""
 
     constants: dict[Any, Any]
     all_inputs: tuple[Any, ...]
-    parameters: tuple[Any, ...]  # variables that gradients are wanted of
+    parameters: tuple[Any, ...]  # variables whose gradients are wanted
     inputs: tuple[Any, ...]  # variables that depend on the example
     static: tuple[Any, ...]  # equations to evaluate once
     dynamic: tuple[Any, ...]  # equations to evaluate for each example
-    sites: dict[int, Site | Nested]  # index into `dynamic` → what is there
+    sites: dict[int, Site | Nested]  # index into `dynamic` → site
     # Index into `dynamic` → positions of static operands that a custom rule must see differentiated.
     marks: dict[int, tuple[int, ...]]
     reach: dict[Any, frozenset[int]]  # static variable → parameters that its gradient reaches
     outputs: tuple[Any, ...]
-    producers: dict[Any, Any]  # static variable → the equation that makes it
+    producers: dict[Any, Any]  # static variable → its equation
     depends: bool  # whether the first output is computed from a parameter, with a gradient or without
 
     @functools.cached_property
     def has_custom_vjp(self) -> bool:
-        """Whether a zero cotangent may come back as something else than zero."""
+        """Whether the backward pass may turn a zero cotangent into a nonzero one."""
         return any(calls.has_custom_vjp(eqn) for eqn in (*self.static, *self.dynamic))
 
     def is_dynamic(self) -> bool:
-        """Whether the loss depends on the example; if not, it is the same for all."""
+        """Whether the loss depends on the example. If not, it is the same for all."""
         return any(self.outputs[0] in eqn.outvars for eqn in self.dynamic)
 
 
 class Use(NamedTuple):
-    """A site and where it stands."""
+    """A site and its position."""
 
     key: tuple[int, ...]  # index into Program.dynamic, and into that of the nested body
     site: Site
@@ -103,7 +103,7 @@ class Use(NamedTuple):
 
 
 def uses_of(program: Program) -> Iterator[Use]:
-    """All sites, those in bodies too, in order."""
+    """All sites in order, including those in bodies."""
     for index, site in program.sites.items():
         if isinstance(site, Site):
             yield Use((index,), site, None)
@@ -116,10 +116,10 @@ def uses_of(program: Program) -> Iterator[Use]:
 def _inline(
     jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any], in_body: bool, around: Any = None
 ) -> list[Any]:
-    """Evaluate `jaxpr`, nested calls in place: traced anew, it yields one flat list of equations.
+    """Evaluate `jaxpr` with nested calls in place. Tracing this gives one flat list of equations.
 
-    Only one level of bodies is looked into. So a checkpoint in the body of a scan is opened too (the step runs as one,
-    see `Nested`), and one around a scan is moved into its body.
+    Only one level of bodies is opened. So a checkpoint in the body of a scan is opened too (each step runs as that
+    checkpoint, see `Nested`), and a checkpoint around a scan moves into its body.
     """
     env = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, operands, strict=True))
 
@@ -127,10 +127,10 @@ def _inline(
         values = read_all(eqn.invars, env)
         opened = calls.is_checkpoint(eqn) and (in_body or calls.holds_scan(eqn))
         inner = calls.inner_jaxpr(eqn, opened)
-        with _compat.keep_source(eqn):
+        with _compat.keep_line(eqn):
             if primitives.of(eqn).is_scan and not in_body:
                 for i in calls.carry_of(eqn):
-                    values[i] = jnp.copy(values[i])  # where a parameter begins a carry, its one use, see `_classify`
+                    values[i] = jnp.copy(values[i])  # its one use if a parameter starts a carry, see `_classify`
             if inner is not None:
                 outs = _inline(*inner, values, in_body, eqn if opened else around)
             elif around is not None and primitives.of(eqn).is_scan and not in_body:
@@ -168,9 +168,9 @@ def _classify(
     results: Sequence[Any],
     nest: bool,
 ) -> Program:
-    """Sort the equations of a flat jaxpr; with `nest`, look into the bodies of scans and checkpoints.
+    """Sort the equations of a flat jaxpr. With `nest`, open the bodies of scans and checkpoints.
 
-    `active` are the inputs that carry a tangent, `results` the variables that cotangents come from.
+    `active` are the inputs that carry a tangent. `results` are the variables that cotangents come from.
     """
     reach: dict[Any, frozenset[int]] = {var: frozenset({i}) for i, var in enumerate(parameters)}
     depends, varying, carrying = set(parameters), set(inputs), set(active)
@@ -183,13 +183,13 @@ def _classify(
             depends.update(eqn.outvars)
         passing = [i for i, var in enumerate(operands) if var in carrying or reach.get(var)]
         outs = activity.active_outputs(eqn, passing) if passing else ()
-        # What draws nothing from the example may still have to run for each of them: a side effect. A parameter that
-        # begins a carry is where an example meets it, so that the scan is given each example's own.
+        # An equation without a value of the example may still have to run for each example, for its side effect. A
+        # parameter that starts a carry meets the example there, so that the scan receives one for each example.
         is_use = bool(outs) and any(out in begins for out in eqn.outvars)
         if not any(var in varying for var in operands) and not eqn.effects and not is_use:
             static.append(eqn)
             touched = frozenset().union(*(reach.get(var, frozenset()) for var in operands))
-            if primitives.of(eqn).is_many:  # of many values at once, each its own
+            if primitives.of(eqn).is_many:  # many operands at once, each with its own result
                 reach.update((eqn.outvars[k], reach[var]) for k, var in enumerate(operands) if reach.get(var))
             else:
                 reach.update((eqn.outvars[k], touched) for k in outs)
@@ -230,7 +230,7 @@ def _sites(
     results: Sequence[Any],
     nest: bool,
 ) -> dict[int, Site | Nested]:
-    """Where a cotangent that comes from the results meets a parameter, by index into `dynamic`."""
+    """The sites where a cotangent from the results meets a parameter, by index into `dynamic`."""
     wanted = {out for out in results if is_var(out) and out in carrying}
     sites: dict[int, Site | Nested] = {}
     for index in reversed(range(len(dynamic))):
@@ -250,7 +250,7 @@ def _sites(
 
 
 def _taken_apart(site: Site, outs: tuple[int, ...], nest: bool) -> list[Site | Nested]:
-    """A site as what it holds: the sites of its body, itself, or nothing where no gradient passes from any view."""
+    """The sites in a site: those of its body, the site itself, or none if no gradient passes from any view."""
     nested = _nested(site, outs) if nest else None
     if nested is not None:
         return [nested] if nested.body.sites else []
@@ -261,10 +261,10 @@ def _taken_apart(site: Site, outs: tuple[int, ...], nest: bool) -> list[Site | N
 
 
 def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
-    """The body of a scan or checkpoint as a program; None where its sites cannot be told from the equation as a whole.
+    """The body of a scan or checkpoint as a program, or None if its sites cannot be separated.
 
-    That is so when a parameter is in the carry, when a result hangs on parameters alone, or when a custom_vjp stands
-    between a parameter and its uses: it must be given the sum of their cotangents, not one after the other.
+    That is so if a parameter is in the carry, if a result depends on parameters alone, or if a custom_vjp is between a
+    parameter and its uses. The custom_vjp must receive the sum of their cotangents, not one after the other.
     """
     eqn, call = site.eqn, calls.body_of(site.eqn)
     if call is None or eqn.effects or call.length == 0:
@@ -274,7 +274,7 @@ def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
         return None
     flat = _flat(call.jaxpr, call.consts, in_body=True)
     variables = flat.jaxpr.invars
-    # What is carried is another in every step, so it is never static, even where it is the same for all examples.
+    # A carried value changes in every step. So it is never static, even if it is the same for all examples.
     inputs = [var for i, var in enumerate(variables) if i in site.dynamic or i in carry]
     active = [variables[i] for i in site.tangents if i in site.dynamic and i not in carry]
     active += [variables[call.num_consts + k] for k in outs if k < call.num_carry]
@@ -288,7 +288,7 @@ def _nested(site: Site, outs: tuple[int, ...]) -> Nested | None:
 
 
 def _results_of_body(flat: Any, call: calls.Body, taps: tuple[int, ...], outs: tuple[int, ...]) -> set[int]:
-    """The results of a body that cotangents come from: of a carry, also through the steps that follow."""
+    """The results of a body that cotangents come from. For a carry, also through later steps."""
     results, carried = set(taps), {k for k in outs if k < call.num_carry}
     while True:
         used = leading_to([v for k in results if is_var(v := flat.jaxpr.outvars[k])], flat.jaxpr.eqns)

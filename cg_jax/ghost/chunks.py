@@ -1,25 +1,23 @@
-"""Per-example arrays, a few examples at a time, so that they need not all exist at once.
+"""Compute per-example arrays for a few examples at a time, so that not all exist at once.
 
-Where the compiler may divide a batch over devices, chunks are cut inside each device's share: a loop over chunks of the
-whole batch would make every device gather all of them.
+If the compiler may shard a batch over devices, chunks are cut inside each shard. A loop over chunks of the whole batch
+would make every device gather all of them.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from cg_jax import trees
+from cg_jax._types import PyTree
 from cg_jax.ghost import varying
-
-PyTree = Any
 
 
 def in_chunks(f: Callable[[PyTree], jax.Array], rows: PyTree, chunk: int) -> jax.Array:
-    """f(rows) [B], with at most `chunk` rows at once on each device; `f` takes any number of rows."""
+    """f(rows) [B], with at most `chunk` rows at once on each device. `f` accepts any number of rows."""
     shards = _by_shard(rows, chunk)
     if shards is not None:
         return _joined(jax.vmap(lambda part: _in_chunks(f, part, chunk))(shards))
@@ -38,7 +36,7 @@ def _in_chunks(f: Callable[[PyTree], jax.Array], rows: PyTree, chunk: int) -> ja
 def accumulate(gradients: Callable[[PyTree], PyTree], rows: PyTree, chunk: int) -> tuple[PyTree, PyTree]:
     """(‖gᵢ‖² [B], Σ gᵢ) of the gᵢ = gradients(rows), leaf by leaf, with at most `chunk` of the gᵢ at once.
 
-    `gradients` takes any number of rows [b, ...], and gives as many gradients [b, *shape].
+    `gradients` accepts any number of rows [b, ...] and returns as many gradients [b, *shape].
     """
     (sq_norms, _), total = accumulate_with(lambda part: (gradients(part), ()), rows, chunk)
     return sq_norms, total
@@ -47,7 +45,7 @@ def accumulate(gradients: Callable[[PyTree], PyTree], rows: PyTree, chunk: int) 
 def accumulate_with(
     gradients: Callable[[PyTree], tuple[PyTree, PyTree]], rows: PyTree, chunk: int
 ) -> tuple[tuple[PyTree, PyTree], PyTree]:
-    """((‖gᵢ‖² [B], what comes beside the gradients [B, ...]), Σ gᵢ) of (gᵢ, beside) = gradients(rows)."""
+    """((‖gᵢ‖² [B], beside [B, ...]), Σ gᵢ), where (gᵢ, beside) = gradients(rows)."""
     shards = _by_shard(rows, chunk)
     if shards is None:
         return _accumulate(gradients, rows, chunk)
@@ -83,7 +81,7 @@ def _accumulate(
 
 
 def of_each(gradient: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
-    """The function of rows that does `gradient` for each; one row alone is done as one, not as a batch of one."""
+    """The function of rows that maps `gradient` over them. A single row is not computed as a batch of one."""
 
     def gradients(rows: PyTree) -> PyTree:
         if jax.tree.leaves(rows)[0].shape[0] > 1:
@@ -94,14 +92,14 @@ def of_each(gradient: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
 
 
 def _by_shard(rows: PyTree, chunk: int) -> PyTree | None:
-    """Rows as [shards, size, ...], where the compiler may divide them and one chunk does not hold all."""
+    """Rows as [shards, size, ...] if the compiler may shard them and one chunk does not hold all."""
     size = jax.tree.leaves(rows)[0].shape[0]
     shards = math.gcd(size, _auto_shards(rows)) if chunk < size else 1
     return None if shards == 1 else jax.tree.map(lambda x: x.reshape(shards, size // shards, *x.shape[1:]), rows)
 
 
 def _auto_shards(tree: PyTree) -> int:
-    """Over how many devices at most the compiler may divide arrays: those of Auto axes of the mesh that they are on."""
+    """The most devices that the compiler may shard arrays over: those on the Auto axes of their mesh."""
     sizes = [1]
     for leaf in jax.tree.leaves(tree):
         mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
@@ -116,11 +114,11 @@ def _joined(tree: PyTree) -> PyTree:
 
 
 def _split(rows: PyTree, chunk: int) -> tuple[PyTree | None, PyTree | None]:
-    """(rows [steps, chunk, ...], the rest or None); no head where one chunk holds all."""
+    """(rows [steps, chunk, ...], the remainder or None). (None, None) if one chunk holds all."""
     size = jax.tree.leaves(rows)[0].shape[0]
     if chunk >= size:
         return None, None
-    # As many chunks as are needed, of equal size where that leaves no rest: the rest is compiled a second time.
+    # Prefer equal chunks without a remainder, since the remainder is compiled a second time.
     chunk = next((c for c in range(chunk, chunk // 2, -1) if size % c == 0), chunk)
     whole = size - size % chunk
     head = jax.tree.map(lambda leaf: leaf[:whole].reshape(whole // chunk, chunk, *leaf.shape[1:]), rows)

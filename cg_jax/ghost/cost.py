@@ -1,8 +1,8 @@
-"""What a plan costs for one example, in floating-point operations, beside vmap(grad) of the whole loss.
+"""The cost of a plan for one example, in floating-point operations, compared with vmap(grad) of the whole loss.
 
-A forward step of the program takes F operations, its backward pass without the gradients of parameters as many again.
-The engine takes both, and then what norms and sums of each tensor take. vmap(grad) takes 3 F, and writes a gradient for
-each example. A number that is written and read again was measured to be worth about 40 operations on a CPU.
+A forward step of the program takes F operations. Its backward pass without the gradients of parameters takes F more.
+The engine takes both, plus the norms and sums of each tensor. vmap(grad) takes 3 F and writes a gradient for each
+example. Writing and reading a number costs about 40 operations, as measured on a CPU.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from cg_jax.ghost.capture import Program, Use
 from cg_jax.ghost.plan import GroupPlan, Plan, RulePlan, by_whole_loss, make_plan, norm_bytes
 from cg_jax.ghost.product import Product
 
-# Operations that a number of a gradient is worth, which is written and read again.
+# The cost of writing and reading one number of a gradient, in operations.
 PER_NUMBER = 40
-# Why a tensor is done by vmap(grad) of the loss.
+# The reason for vmap(grad) of the loss.
 DEAR = "the vjps of its uses cost more than the whole loss's"
 
 
@@ -39,9 +39,9 @@ def of_rule(tensor: RulePlan) -> int:
 
 
 def of_use(use: Use) -> int:
-    """Operations of the vjp of one use; of a scan, of all its steps."""
+    """Operations of the vjp of one use, over all steps of a scan."""
     length = (use.nested.call.length or 1) if use.nested else 1
-    # What is linear in the view need not be run forward again.
+    # An equation that is linear in the view needs no second forward step.
     passes = 3 if _jaxprs.holds_jaxprs(use.site.eqn) else 1
     return length * passes * primitives.operations(use.site.eqn)
 
@@ -58,7 +58,7 @@ def _of_group(program: Program, group: GroupPlan) -> int:
 
 
 def _of_plan(program: Program, plan: Plan) -> int:
-    """Operations of the engine in all."""
+    """Total operations of the engine."""
     written = sum(PER_NUMBER * _size(program, (t.parameter,)) for t in plan.rules if t.form == "instantiate")
     return (
         2 * forward(program) + written + sum(map(of_rule, plan.rules)) + sum(_of_group(program, g) for g in plan.groups)
@@ -66,11 +66,11 @@ def _of_plan(program: Program, plan: Plan) -> int:
 
 
 def cheapest(program: Program, max_bytes: int | None = None, norms_inside: bool = True) -> Plan:
-    """The plan for a captured loss; where vmap(grad) of the loss costs less, that: for some tensors, or for all."""
+    """The cheapest plan for a captured loss. It may use vmap(grad) of the loss for some tensors or for all."""
     plan = make_plan(program, max_bytes, norms_inside)
     uses = [use for group in plan.groups for use, _ in group.uses]
     if not any(_jaxprs.holds_jaxprs(use.site.eqn) for use in uses):
-        return plan  # at most the sums are formed twice
+        return plan  # at most the sums are computed twice
     some = tuple(sorted(i for group in plan.groups for i in group.parameters))
     every = tuple(sorted((*some, *(tensor.parameter for tensor in (*plan.rules, *plan.inline)))))
     plans = [

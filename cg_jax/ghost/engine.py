@@ -1,4 +1,4 @@
-"""One pass over a batch, and what follows from it: norms, sums, weighted sums, alignments."""
+"""One pass over a batch, and functions of it: norms, sums, weighted sums, alignments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from cg_jax import _validate, trees
 from cg_jax._loss import LossFn, checked_pair, example_of, has_empty
+from cg_jax._types import PyTree
 from cg_jax.ghost import capture, cost
 from cg_jax.ghost.backward import Backward, backward, located_errors
 from cg_jax.ghost.capture import Program
@@ -21,8 +22,6 @@ from cg_jax.ghost.scalars import ByNumbers
 from cg_jax.ghost.tensors import ByGradients, ByNorm, ByProduct, Inside, SameForAll, selected
 from cg_jax.ghost.uses import rearranged
 
-PyTree = Any
-
 
 def one_pass(
     loss_fn: LossFn,
@@ -33,10 +32,10 @@ def one_pass(
     has_aux: bool = False,
     norms_inside: bool = True,
 ) -> Pass:
-    """The pass over a batch, of which the rows where `keep` [B] is 0 have no gradient.
+    """The pass over a batch. Rows where `keep` [B] is 0 have no gradient.
 
-    Where `norms_inside`, norms of stacked layers may be taken inside their scan, which keeps less. Weighted sums and
-    alignments need a pass without that.
+    With `norms_inside`, norms of stacked layers may be taken inside their scan, which saves memory. Weighted sums and
+    alignments need a pass without `norms_inside`.
     """
     kept, rest = trees.partition(params)
     kept = jax.tree.map(jnp.asarray, kept)
@@ -67,7 +66,7 @@ def _parts(plan: Plan) -> list[Any]:
 
 
 def _tensors(plan: Any) -> Tensors:
-    """How the statistics of the tensors of one part of a plan follow."""
+    """The object that computes the statistics of one part of a plan."""
     if isinstance(plan, InlinePlan):
         return Inside(plan)
     if not isinstance(plan, RulePlan):
@@ -82,18 +81,18 @@ def _tensors(plan: Any) -> Tensors:
 def _backward(
     program: Program, env: dict[Any, Any], batch: PyTree, keep: jax.Array | None, inside: Sequence[InlinePlan]
 ) -> Backward:
-    """The forward and the backward pass; nothing comes back to rows that are not kept."""
+    """The forward and the backward pass. Rows that are not kept have zero cotangents."""
     ones = jnp.ones(jax.tree.leaves(batch)[0].shape[0])
     if keep is None or not program.has_custom_vjp:
         return backward(program, env, jax.tree.leaves(batch), ones if keep is None else keep, inside)
-    # A custom_vjp may answer a zero cotangent with anything: rows are left out afterwards, by selection.
+    # A custom_vjp may return anything for a zero cotangent. So rows are selected afterwards.
     whole = backward(program, env, jax.tree.leaves(batch), ones)
     traces = {key: (seen, selected(keep, cotangents)) for key, (seen, cotangents) in whole.traces.items()}
     return whole._replace(traces=traces)
 
 
 def _by_vmap(program: Program, loss: LossFn, kept: PyTree, batch: PyTree, keep: jax.Array | None, plan: Plan) -> Pass:
-    """By vmap(grad) of the whole loss, in chunks; norms and sums are there when it is done."""
+    """The pass by vmap(grad) of the whole loss, in chunks. It includes norms and sums."""
     (group,) = plan.groups
 
     def one(row: tuple[PyTree, jax.Array | None]) -> tuple[PyTree, tuple[jax.Array, PyTree]]:
@@ -146,7 +145,7 @@ def alignments(of: Pass, direction: PyTree) -> jax.Array:
 def _like_params(
     of: Pass, by_tensors: Callable[[Tensors], ByParameter], zero: Callable[[jax.Array, Any], jax.Array]
 ) -> PyTree:
-    """A tree like the differentiable parameters; parameters without a use have no gradient."""
+    """A tree like the differentiable parameters. Parameters without a use have a zero gradient."""
     leaves, structure = jax.tree.flatten(of.kept)
     by_parameter: ByParameter = {}
     for tensors in of.tensors:

@@ -1,4 +1,4 @@
-"""Equations of a jaxpr, evaluated."""
+"""Evaluate equations of a jaxpr."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from cg_jax import _compat
 
 
 def differentiated(positions: Sequence[int], operands: Sequence[Any], zero: jax.Array) -> list[Any]:
-    """The operands of an equation; those at `positions` are differentiated where `zero` is, for a rule that asks.
+    """The operands of an equation. Those at `positions` are differentiated if `zero` is.
 
-    A rule with symbolic_zeros=True answers by which operands carry a tangent, so they must be those of jax.grad. The
-    added zero is folded away when it is compiled.
+    The result of a rule with symbolic_zeros=True depends on which operands carry a tangent, so they must be those of
+    jax.grad. The compiler folds the added zero away.
     """
     values = list(operands)
     for i in positions:
@@ -26,7 +26,7 @@ def is_var(atom: Any) -> bool:
 
 
 def leading_to(variables: Sequence[Any], eqns: Sequence[Any]) -> list[Any]:
-    """Those of the equations that `variables` follow from, and those with a side effect, in order."""
+    """The equations that `variables` depend on, and those with a side effect, in order."""
     wanted, kept = set(variables), []
     for eqn in reversed(eqns):
         if eqn.effects or any(out in wanted for out in eqn.outvars):

@@ -1,4 +1,4 @@
-"""What the engine will do with a loss, tensor by tensor, before it does it."""
+"""Explain what the engine will do with a loss, tensor by tensor."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,7 @@ import jax
 
 from cg_jax import _compat, _validate, trees
 from cg_jax._loss import LossFn, with_state
+from cg_jax._types import PyTree
 from cg_jax.ghost import cost, plan
 from cg_jax.ghost.capture import Use, capture
 from cg_jax.ghost.inline import InlinePlan
@@ -13,24 +14,22 @@ from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import product_bytes
 
-PyTree = Any
-
 
 class TensorPlan(NamedTuple):
-    """What the engine does with one parameter tensor; operations and bytes are of ONE example."""
+    """What the engine does with one parameter tensor. Operations and bytes are for ONE example."""
 
     path: str
     shape: tuple[int, ...]
     uses: tuple[str, ...]  # "primitive, file:line" of every equation in which it meets a value of the example
     rule: str  # "closed", "gram", "instantiate", "norm" or "elementwise"; "vjp" or "vmap" for a fallback; or "none"
-    flops: int  # floating-point operations for norm and sum, the ordinary backward pass apart
-    bytes: int  # of the arrays that are built for it
-    chunk: int  # examples for which they exist at once
-    reason: str  # why it falls back; empty where it does not
+    flops: int  # floating-point operations for norm and sum, without the ordinary backward pass
+    bytes: int  # of the arrays built for it
+    chunk: int  # examples whose arrays exist at once
+    reason: str  # why it falls back, or empty
 
 
 class Explanation(tuple[TensorPlan, ...]):
-    """One `TensorPlan` for each tensor; printed, a table of it. "at once" is for how many examples the kB exist."""
+    """One `TensorPlan` for each tensor. It prints as a table: "kB" exist for "at once" examples."""
 
     def __str__(self) -> str:
         rows = [("tensor", "shape", "rule", "Mflop/example", "kB/example", "at once", "uses", "why it falls back")]
@@ -54,12 +53,12 @@ def explain(
     max_bytes: int | None = None,
     has_aux: bool = False,
 ) -> Explanation:
-    """What `grad_moments(loss_fn)` will do with every parameter tensor; nothing is computed.
+    """What `grad_moments(loss_fn)` will do with every parameter tensor. Nothing is computed.
 
-    Rules, with the gradient G = AᵀB of one example, A [T, D] and B [T, P]: "closed" is ‖a‖² ‖b‖² (T = 1), "gram"
-    ⟨AAᵀ, BBᵀ⟩, "instantiate" builds G and takes norm and sum from it. "elementwise" adds up cotangents (a bias, a
-    scale), "norm" is any other rule. "vjp", the fallback, builds the gradient by the vjp of each equation in `uses`,
-    example by example; "vmap" by that of the whole loss; "none" is a tensor without a gradient.
+    The rules, for the gradient G = AᵀB of one example, A [T, D] and B [T, P]: "closed" is ‖a‖² ‖b‖² (T = 1). "gram" is
+    ⟨AAᵀ, BBᵀ⟩. "instantiate" builds G and computes norm and sum from it. "elementwise" adds up cotangents (a bias, a
+    scale). "norm" is any other rule. The fallback "vjp" builds the gradient by the vjp of each equation in `uses`,
+    example by example. The fallback "vmap" uses the vjp of the whole loss. "none" is a tensor without a gradient.
 
     Args:
         loss_fn: loss_fn(params, example) → scalar, the loss of ONE example.
@@ -70,9 +69,9 @@ def explain(
         has_aux: As for `grad_moments`.
 
     Returns:
-        An `Explanation`: a tuple of one `TensorPlan` for each floating-point tensor, in the order of jax.tree.leaves;
-        printed, a table. Operations are those of norm and sum; an ordinary backward pass needs those of the sum too,
-        the same as "instantiate" has in all. Integer leaves of params are left out.
+        An `Explanation`: a tuple of one `TensorPlan` for each floating-point tensor, in the order of jax.tree.leaves.
+        It prints as a table. Operations are those of norm and sum. An ordinary backward pass also needs the sum, which
+        costs as many operations as "instantiate" in all. Integer leaves of params are omitted.
 
     Raises:
         ValueError: max_bytes < 1, or a loss that does not depend on params.
@@ -115,18 +114,18 @@ _SAME = "the loss ignores the example: one gradient serves all"
 
 
 def _shaped(leaf: Any) -> Any:
-    """Arrays as they are, Python numbers as arrays."""
+    """Convert Python numbers to arrays."""
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.device_put(leaf)
 
 
 def _value(leaf: Any) -> Any:
-    """An integer leaf's value; it is part of the loss."""
+    """The value of an integer leaf, which is part of the loss."""
     return jax.numpy.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
 def _where(use: Use) -> str:
-    source = "/".join(_compat.source_of(use.site.eqn).split("/")[-2:])
-    return f"{use.site.eqn.primitive.name}, {source}" if source else use.site.eqn.primitive.name
+    line = "/".join(_compat.line_of(use.site.eqn).split("/")[-2:])
+    return f"{use.site.eqn.primitive.name}, {line}" if line else use.site.eqn.primitive.name
 
 
 def _by_rule(tensor: RulePlan) -> tuple[str, int, int, int, str]:
@@ -146,7 +145,7 @@ def _inside(each: InlinePlan) -> tuple[str, int, int, int, str]:
 
 
 def _in_group(group: GroupPlan, k: int, uses: list[Use], size: int) -> tuple[str, int, int, int, str]:
-    """The same for a tensor whose gradient is built by its sites' vjps, or by that of the whole loss."""
+    """The same for a tensor whose gradient is built by the vjps of its sites, or by the vjp of the whole loss."""
     operations = sum(map(cost.of_use, uses))
     reason = group.reasons[k]
     if group.whole_loss and reason != cost.DEAR:

@@ -1,4 +1,4 @@
-"""Gradients as sums of products, whose axes are told apart."""
+"""Gradients as sums of products with labelled axes."""
 
 import math
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from cg_jax.ghost.product import Product
 
 
 class NotSeparableError(Exception):
-    """A view that does not leave a gradient a sum of products."""
+    """Raised if the gradient through a view is no longer a sum of products."""
 
 
 class Factors(NamedTuple):
     """A gradient Σₜ a[…, t, …] b[…, t, …], for one example.
 
-    Each of its axes is one of "N" (of both factors), "D" (of a) or "P" (of b); within a factor they keep their order.
+    Each axis is labelled "N" (in both factors), "D" (in a) or "P" (in b). Within a factor the axes keep their order.
     """
 
     a: jax.Array  # [*N, T, *D]
     b: jax.Array  # [*N, T, *P]
     sides: str
-    scale: jax.Array | None = None  # what the gradient is multiplied by, entry by entry; of its shape
+    scale: jax.Array | None = None  # multiplies the gradient entry by entry; has its shape
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,16 +31,16 @@ class Factors(NamedTuple):
         return tuple(self.factor(axis).shape[self.place(axis)] for axis in range(len(self.sides)))
 
     def factor(self, axis: int) -> jax.Array:
-        """The factor that an axis of the gradient is of."""
+        """The factor that has this axis of the gradient."""
         return self.b if self.sides[axis] == "P" else self.a
 
     def place(self, axis: int) -> int:
-        """Which axis of that factor it is."""
+        """The position of this axis in that factor."""
         side = self.sides[axis]
         return self.sides[:axis].count(side) + (0 if side == "N" else self.sides.count("N") + 1)
 
     def on(self, axis: int, change: Callable[[jax.Array, int], jax.Array]) -> "Factors":
-        """With change(factor, its axis) in place of the factor that an axis is of, or of both."""
+        """Replace the factor with this axis, or both, by change(factor, position of the axis)."""
         place, side = self.place(axis), self.sides[axis]
         a = change(self.a, place) if side in "ND" else self.a
         b = change(self.b, place) if side in "NP" else self.b
@@ -48,7 +48,7 @@ class Factors(NamedTuple):
 
 
 def initial(product: Product, shape: tuple[int, ...], x: jax.Array, cotangent: jax.Array) -> Factors:
-    """The factors of a product, as those of its view's gradient, whose shape is given."""
+    """The factors of a product as factors of the gradient of its view, which has this shape."""
     if product.sides is None:
         raise NotSeparableError
     a, b = product.factors(x, cotangent)
@@ -62,7 +62,7 @@ def initial(product: Product, shape: tuple[int, ...], x: jax.Array, cotangent: j
 def to_product(
     shape: tuple[int, ...], of_example: Callable[[Any, Any], Factors], like: Factors, product: Product
 ) -> Product:
-    """A product whose view is the parameter itself, of that shape; `like` are its factors, or their shapes."""
+    """A product whose view is the parameter itself, of this shape. `like` are its factors, or their shapes."""
     order = [i for letter in "NDP" for i, side in enumerate(like.sides) if side == letter]
     n, d, p = (math.prod(shape[i] for i, side in enumerate(like.sides) if side == letter) for letter in "NDP")
     t = like.a.shape[like.sides.count("N")]
@@ -84,10 +84,10 @@ def to_product(
 
 
 def is_complex(value: Any) -> bool:
-    """Whether an array, or an aval, is of complex numbers."""
+    """Whether an array or an aval has a complex dtype."""
     return jnp.issubdtype(value.dtype, jnp.complexfloating)
 
 
 def wider(factor: jax.Array, value: jax.Array) -> Any:
-    """The dtype of a factor times a value: that of the factor, unless it would lose an imaginary part."""
+    """The dtype of a factor times a value: that of the factor, or complex if the value is."""
     return jnp.result_type(factor, jnp.complex64) if is_complex(value) else factor.dtype

@@ -1,9 +1,9 @@
-"""Norms taken inside the backward pass of a scan, where each step has its own slice of a tensor: stacked layers.
+"""Norms inside the backward pass of a scan in which each step has its own slice of a tensor: stacked layers.
 
-A trace keeps what went in and what came back at every step, several times what a plain gradient keeps of a scan of
-checkpoints. Here each step hands out one number for each example, ‖gᵢ‖² of its slice, as the cotangent of a number
-that it is given; the sum over the batch is the slice's ordinary gradient. The slices' gradients do not overlap, so
-that their squared norms add up.
+A trace stores the inputs and cotangents of every step, several times what a plain gradient stores for a scan of
+checkpoints. Here each step returns one number for each example, ‖gᵢ‖² of its slice, as the cotangent of a number that
+it receives. The sum over the batch is the ordinary gradient of the slice. The gradients of the slices do not overlap,
+so their squared norms add up.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from cg_jax.ghost.views import is_isometric
 
 @dataclasses.dataclass(frozen=True)
 class InlinePlan:
-    """A tensor whose one use is in the body of a scan that is given slices of it."""
+    """A tensor whose one use is in the body of a scan over its slices."""
 
     parameter: int
     use: Use
@@ -65,7 +65,7 @@ class InlinePlan:
         return varying.transposed(outputs, first.aval.shape, cotangent)
 
     def tap(self, value: jax.Array, number: jax.Array, seen: list[jax.Array]) -> jax.Array:
-        """`value`; the cotangent of `number` is ‖gᵢ‖² of this step."""
+        """`value`, with ‖gᵢ‖² of this step as the cotangent of `number`."""
         return _tap(self.sq_norms, value, number, seen)
 
 
@@ -86,7 +86,7 @@ def _tap(sq_norms: Callable[..., jax.Array], value: jax.Array, number: jax.Array
     @jax.custom_vjp
     def identity(value: jax.Array, number: jax.Array, seen: list[jax.Array]) -> jax.Array:
         del seen
-        # Each example's own, even where the value is the same for all; folded away when it is compiled.
+        # One value for each example, even if it is the same for all. The compiler folds the select away.
         return jax.lax.select(
             jnp.zeros(value.shape, bool), jnp.broadcast_to(number, value.shape).astype(value.dtype), value
         )
@@ -101,7 +101,7 @@ def _tap(sq_norms: Callable[..., jax.Array], value: jax.Array, number: jax.Array
 def inline_plan(
     program: Program, parameter: int, places: list[Place], form_of: Callable[[Product], tuple[str, int]], limit: int
 ) -> InlinePlan | None:
-    """The plan of a tensor whose norms can be taken inside a scan; None for all others."""
+    """The plan of a tensor whose norms can be taken inside a scan, or None."""
     if len(places) != 1:
         return None
     use, position = places[0]
@@ -117,7 +117,7 @@ def inline_plan(
         or len(site.views) != 1
         or len(site.taps) != 1
         or len(site.dynamic) + 1 != len(site.eqn.invars)
-        or dtype != trees.accumulator_dtype(dtype)  # the plain gradient would be rounded for each batch
+        or dtype != trees.accumulator_dtype(dtype)  # the plain gradient would be rounded in each batch
         or site.eqn.invars[position].aval.dtype != dtype
     ):
         return None
@@ -130,5 +130,5 @@ def inline_plan(
 
 
 def _is_linear(eqn: Any) -> bool:
-    """Whether the result is linear in the one operand."""
+    """Whether the result is linear in the only operand."""
     return primitives.of(eqn).is_linear and len(eqn.invars) == 1

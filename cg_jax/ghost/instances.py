@@ -1,5 +1,6 @@
-"""Gradients of some tensors built example by example, by every site's own vjp: exact for any primitive, and for tensors
-with several uses, whose gradients add up before they are squared.
+"""Build gradients of some tensors example by example, by the vjp of every site.
+
+This is exact for any primitive, and for tensors with several uses, whose gradients add up before they are squared.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
+from cg_jax._types import PyTree
 from cg_jax.ghost import primitives, varying
 from cg_jax.ghost.capture import Nested, Site, Use
 from cg_jax.ghost.evaluation import differentiated, evaluate, is_var, leading_to, read_all
@@ -17,13 +19,12 @@ from cg_jax.ghost.plan import GroupPlan
 from cg_jax.ghost.primitives.calls import has_custom_rule
 from cg_jax.ghost.views import path_to, undo
 
-PyTree = Any
-# What a use left of one example: its dynamic operands, and the cotangents of its outputs.
+# The trace of a use for one example: its dynamic operands, and the cotangents of its outputs.
 Trace = tuple[list[jax.Array], list[jax.Array]]
 
 
 def by_sites(of: Pass, group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
-    """The function of what the group's uses left of one example → its gradients with respect to the group's tensors."""
+    """The function (traces of the group's uses for one example) → the gradients of the group's tensors."""
     views = list({var: None for use, positions in group.uses for p in positions for var in use.variables(p)})
     widely = _widely(of, group, views)
     if widely is not None:
@@ -41,7 +42,7 @@ def by_sites(of: Pass, group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
 
 
 def _widely(of: Pass, group: GroupPlan, views: Sequence[Any]) -> Callable[[list[Trace]], list[jax.Array]] | None:
-    """The gradient of one narrow tensor from entry-by-entry uses, in the accumulator dtype; None for all others."""
+    """The gradient of one narrow tensor from elementwise uses, in the accumulator dtype. None for other tensors."""
     program, env = of.program, of.env
     (parameter, *more) = group.parameters
     variable = program.parameters[parameter]
@@ -76,12 +77,12 @@ def _widely(of: Pass, group: GroupPlan, views: Sequence[Any]) -> Callable[[list[
 def view_pullback(
     of: Pass, parameters: Sequence[int], views: Sequence[Any]
 ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
-    """(the values of some views, the function of their cotangents → the gradients by some parameters)."""
+    """(the values of some views, the function (their cotangents) → the gradients of some parameters)."""
     program, env = of.program, of.env
     if list(views) == [program.parameters[i] for i in parameters]:  # nothing to trace
         return [env[view] for view in views], lambda cotangents: cotangents
     transformed = leading_to(views, program.static)
-    # By all tensors that the views are made of, as in jax.grad: a rule may ask which are differentiated.
+    # With respect to all tensors of the views, as in jax.grad: a rule may ask which operands are differentiated.
     reached = sorted(frozenset(parameters).union(*(program.reach[view] for view in views)))
     variables = [program.parameters[i] for i in reached]
 
@@ -100,11 +101,12 @@ def view_pullback(
 
 
 def by_whole_loss(of: Pass, group: GroupPlan) -> Callable[[Any], list[jax.Array]]:
-    """The function of one example → its gradients with respect to the group's tensors, by the whole (loss, aux)."""
+    """The function (one example) → the gradients of the group's tensors, by the vjp of the whole (loss, aux)."""
     leaves, structure = jax.tree.flatten(of.kept)
 
     def gradient(example: PyTree) -> list[jax.Array]:
-        # By all tensors, as in jax.grad: a rule may ask which are differentiated. What is not read is not computed.
+        # With respect to all tensors, as in jax.grad: a rule may ask which operands are differentiated. Gradients that
+        # are not used are not computed.
         grads, _ = jax.grad(lambda values: of.loss(jax.tree.unflatten(structure, values), example), has_aux=True)(
             leaves
         )
@@ -119,7 +121,7 @@ def _marks(site: Site, positions: Sequence[int]) -> list[int]:
 
 
 def operands_of(site: Site, env: dict[Any, Any], seen: list[jax.Array]) -> list[Any]:
-    """All operands of a site for one example: the static ones from `env`."""
+    """All operands of a site for one example. Static ones come from `env`."""
     values = [atom.val if _compat.is_literal(atom) else env.get(atom) for atom in site.eqn.invars]
     for position, value in zip(site.dynamic, seen, strict=True):
         values[position] = value
@@ -127,7 +129,7 @@ def operands_of(site: Site, env: dict[Any, Any], seen: list[jax.Array]) -> list[
 
 
 def of_use(use: Use, positions: tuple[int, ...], env: dict[Any, Any], trace: Trace) -> list[tuple[Any, jax.Array]]:
-    """One example's gradients with respect to the outermost variables that a use's views come from."""
+    """The gradients of one example with respect to the outermost variables of the views of a use."""
     seen, cotangents = trace
     if use.nested is not None:
         return _of_nested(use, use.nested, positions, env, trace)
@@ -145,7 +147,7 @@ def outputs_by_views(
 ) -> tuple[Callable[[list[jax.Array], jax.Array], list[jax.Array]], list[jax.Array]]:
     """(one example's tapped outputs of a site as a function of the views at `positions` and a zero, the views' values).
 
-    Differentiated by both, the operands that carry a tangent are those that do in jax.grad.
+    If it is differentiated with respect to both, the operands that carry a tangent are the same as in jax.grad.
     """
     values = operands_of(site, env, seen)
     others = _marks(site, positions)
@@ -163,7 +165,7 @@ def outputs_by_views(
 def _of_nested(
     use: Use, nested: Nested, positions: tuple[int, ...], env: dict[Any, Any], trace: Trace
 ) -> list[tuple[Any, jax.Array]]:
-    """The same for a use in the body of a scan, step by step, or of a checkpoint."""
+    """`of_use` for a use in the body of a checkpoint, or of a scan, step by step."""
     site, body = use.site, nested.body
     reached = frozenset().union(*(body.reach[site.eqn.invars[p]] for p in positions))
     wanted = [body.parameters[i] for i in sorted(reached)]

@@ -1,4 +1,4 @@
-"""Uses of a parameter whose gradient only places or adds up cotangents: the squared norm, without the gradient."""
+"""Squared norms without the gradient, for uses whose gradient only places or adds up cotangents."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,27 +9,26 @@ import jax.numpy as jnp
 # (dynamic operands, cotangent) → (row numbers [R], values [R, E]).
 Rows = Callable[[list[jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
 
-# Up to this many ids all pairs are compared; sorting more of them is faster.
+# Up to this many ids, all pairs are compared. Above it, sorting is faster.
 _PAIRS = 512
 
 
 class Norm(NamedTuple):
     """A rule that gives the squared norm ‖g‖² of the gradient g of one operand, without g.
 
-    It suits a primitive whose gradient only scales, places or adds up the entries of the cotangent, as a bias, a scale,
-    a slice or a look-up does. The sum Σ gᵢ over the batch is formed by the primitive's own vjp, so that the primitive
-    must be linear in the operand, given the others. In the body of `jax.lax.scan` it is used where each step has its
-    own slice of the parameter.
+    It suits a primitive whose gradient only scales, places or adds up the entries of the cotangent: a bias, a scale, a
+    slice or a look-up. The primitive's own vjp computes the sum Σ gᵢ over the batch, so the primitive must be linear in
+    the operand, given the others. In the body of `jax.lax.scan` the rule is used if each step has its own slice of the
+    parameter.
 
     Attributes:
-        sq_norm: sq_norm(operands, cotangent) → ‖g‖², one real number, of ONE example; the engine adds the batch axis,
-            [B, ...], by `jax.vmap`. `operands` is the list of those operands of the equation that depend on the
-            example, in order; `cotangent` has the shape of the equation's output, and the accumulator dtype, float32 or
-            wider.
-        rows: For the rules of cg_jax.
+        sq_norm: sq_norm(operands, cotangent) → ‖g‖², one real number, of ONE example. The engine adds the batch axis,
+            [B, ...], by `jax.vmap`. `operands` is the list of the operands of the equation that depend on the example,
+            in order. `cotangent` has the shape of the equation's output, and the accumulator dtype, float32 or wider.
+        rows: For the built-in rules only.
 
     Examples:
-        The scale w of x * w has the gradient x ⊙ c, with c the cotangent:
+        The scale w of x * w has the gradient x ⊙ c, where c is the cotangent:
 
         >>> import jax.numpy as jnp, cg_jax as cg
         >>> def scale(eqn, view):
@@ -42,7 +41,7 @@ class Norm(NamedTuple):
     """
 
     sq_norm: Callable[[list[jax.Array], jax.Array], jax.Array]
-    rows: Rows | None = None  # of a table, (dynamic operands, cotangent) → what is added to which of its rows
+    rows: Rows | None = None  # of a table: the rows that the gradient adds values to
 
 
 def of_table(rows: Rows) -> Norm:
@@ -51,7 +50,7 @@ def of_table(rows: Rows) -> Norm:
 
 
 def sq_norm_of_rows(ids: jax.Array, values: jax.Array) -> jax.Array:
-    """‖g‖² of a gradient that is Σ values [R, E] at the rows `ids` [R]."""
+    """‖g‖² of a gradient that adds values [R, E] at the rows `ids` [R]."""
     if values.size == 0:
         return jnp.zeros((), values.dtype)
     return jnp.square(jax.ops.segment_sum(values, _labels(ids), ids.size)).sum()
@@ -60,8 +59,8 @@ def sq_norm_of_rows(ids: jax.Array, values: jax.Array) -> jax.Array:
 def lift_norm(rule: Norm, is_slice: bool) -> Norm | None:
     """The rule of a use in the body of a scan, from operands and cotangents [length, ...] of all steps.
 
-    A slice is another in each step. Of a table that is the same in all of them rows add up over the steps; of anything
-    else there is no rule.
+    A slice differs in each step. Rows of a table that is the same in all steps add up over the steps. There is no rule
+    for anything else.
     """
     if is_slice:
         return Norm(lambda operands, cotangent: jax.vmap(rule.sq_norm)(operands, cotangent).sum())
@@ -77,7 +76,7 @@ def lift_norm(rule: Norm, is_slice: bool) -> Norm | None:
 
 
 def _labels(ids: jax.Array) -> jax.Array:
-    """Numbers below R for ids [R], equal where the ids are."""
+    """Numbers below R for ids [R]. Equal ids get equal numbers."""
     if ids.size <= _PAIRS:
         return jnp.argmax(ids[:, None] == ids[None], axis=1).astype(jnp.int32)
     order = jnp.argsort(ids)

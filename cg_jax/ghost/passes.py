@@ -1,4 +1,4 @@
-"""What one pass over a batch left: all that is known of single examples' gradients is a function of it."""
+"""The result of one pass over a batch. Every per-example gradient statistic is a function of it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,16 +8,16 @@ import jax
 
 from cg_jax import trees
 from cg_jax._loss import LossFn
+from cg_jax._types import PyTree
 from cg_jax.ghost.backward import Traces
 from cg_jax.ghost.capture import Program
 
-PyTree = Any
-# The parameter's index among the differentiable leaves → what was asked for.
+# Index of a parameter among the differentiable leaves → requested value.
 ByParameter = dict[int, jax.Array]
 
 
 class Tensors(Protocol):
-    """Some parameters, and how their statistics follow from a pass; each parameter belongs to one such object."""
+    """Computes the statistics of some parameters from a pass. Each parameter belongs to one such object."""
 
     def sq_norms(self, of: "Pass") -> ByParameter:
         """‖gᵢ‖² [B] of each parameter, in the accumulator dtype."""
@@ -32,19 +32,19 @@ class Tensors(Protocol):
         ...
 
     def along(self, of: "Pass", direction: ByParameter) -> list[jax.Array]:
-        """⟨gᵢ, v⟩ [B], of each parameter or of all together, v in the accumulator dtype."""
+        """⟨gᵢ, v⟩ [B], for each parameter or summed over all, with v in the accumulator dtype."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pass:
-    """What went in and what came back at every use of a parameter, for every example.
+    """The inputs and cotangents at every use of a parameter, for every example.
 
-    gᵢ is the gradient of example i's loss; of a row that is masked it is zero.
+    gᵢ is the gradient of the loss of example i. It is zero for a masked row.
     """
 
     program: Program
-    env: dict[Any, Any]  # the values of all that does not depend on the example
+    env: dict[Any, Any]  # the values that do not depend on the example
     loss: LossFn  # loss(kept, example) → (loss, aux)
     kept: PyTree  # the differentiable parameters
     batch: PyTree
@@ -52,14 +52,14 @@ class Pass:
     losses: jax.Array  # [B]
     aux: PyTree  # [B, ...], or None
     traces: Traces
-    inside: dict[int, tuple[jax.Array, jax.Array]]  # of tensors whose norms were taken inside: (‖gᵢ‖² [B], Σ gᵢ)
+    inside: dict[int, tuple[jax.Array, jax.Array]]  # (‖gᵢ‖² [B], Σ gᵢ) of tensors whose norms are taken inside
     tensors: tuple[Tensors, ...]
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), done once for each key: where one computation yields norms and sums, it is shared.
+        """compute(), called once for each key, so that norms and sums share one computation.
 
-        Not for what is computed in a branch or a body of its own, whose values must not leave it.
+        Do not use it inside a branch or a body, whose values must not leave it.
         """
         if key not in self.memo:
             self.memo[key] = compute()

@@ -1,4 +1,4 @@
-"""Which way each parameter tensor goes: by a rule for its uses, or by its gradients, example by example."""
+"""Choose the method for each parameter tensor: a rule for its uses, or its gradients, example by example."""
 
 import dataclasses
 import functools
@@ -22,41 +22,41 @@ from cg_jax.ghost.rules import rule_for
 from cg_jax.ghost.uses import Path, Place, path_of, product_of, together
 from cg_jax.ghost.views import is_isometric, path_to
 
-# Bytes that the per-example arrays of one tensor may take at once, by default.
+# The default limit on the bytes of the per-example arrays of one tensor.
 _MAX_BYTES = {"cpu": 2**26}
 _MAX_BYTES_ACCELERATOR = 2**28
-# A chunk that no batch passes.
+# A chunk larger than any batch.
 ANY_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupPlan:
-    """Tensors whose gradients are built, example by example: each site's own vjp, then that of the views.
+    """Tensors whose gradients are built example by example, by the vjp of each site and then of the views.
 
     Gradients of several uses of one tensor add up before they are squared.
     """
 
     parameters: tuple[int, ...]
     uses: tuple[tuple[Use, tuple[int, ...]], ...]  # (use, positions of the views)
-    reasons: tuple[str, ...]  # for each parameter, why no rule does it; empty where its use is elementwise
+    reasons: tuple[str, ...]  # for each parameter, why it has no rule; empty if its use is elementwise
     whole_loss: bool  # by vmap(grad) of the loss: a site has no reverse mode of its own, or its vjp costs more
     chunk: int
 
 
 @dataclasses.dataclass(frozen=True)
 class RulePlan:
-    """A tensor whose uses have a rule: one use, or several that are one product."""
+    """A tensor with a rule for its uses: one use, or several that form one product."""
 
     parameter: int
     places: tuple[Place, ...]
     paths: tuple[Path, ...]  # from the parameter, one for each place
-    # Of a product the sizes are for planning: `bound` is the one to compute with. None: by numbers alone.
+    # A product here gives sizes for planning; use `bound` to compute. None: the tensor has numbers alone.
     rule: Product | Norm | None
     form: str  # "closed", "gram" or "instantiate" for a product; "norm"
-    chunk: int  # examples whose arrays are built at once
+    chunk: int  # examples whose arrays exist at once
     itemsize: int  # of the tensor's accumulator dtype
-    numbers: tuple[Place, ...] = ()  # uses of numbers that are made of the tensor, a penalty for one
-    exact: GroupPlan | None = None  # with numbers: the same by gradients that are built, where the rule's terms cancel
+    numbers: tuple[Place, ...] = ()  # uses of numbers computed from the tensor, such as a penalty
+    exact: GroupPlan | None = None  # with numbers: the plan by built gradients, if the terms of the rule cancel
 
     def bound(self, program: Program, env: dict[Any, Any]) -> Product:
         """The product, given the static values."""
@@ -64,22 +64,22 @@ class RulePlan:
         alone = len(self.places) == 1
         products = [product_of(program, place, path, self.parameter, env, alone) for place, path in pairs]
         product = products[0] if len(products) == 1 else together([each for each in products if each is not None])
-        assert product is not None  # it was there without values
+        assert product is not None  # `_rule_plan` has one without values
         return product
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the engine does with every parameter tensor; tensors in no list have no gradient."""
+    """What the engine does with every parameter tensor. Tensors in no list have no gradient."""
 
     rules: tuple[RulePlan, ...]
     groups: tuple[GroupPlan, ...]
     inline: tuple[InlinePlan, ...] = ()  # norms inside the backward pass
-    is_vmap: bool = False  # all by vmap(grad) of the loss, which is the one pass then
+    is_vmap: bool = False  # all by vmap(grad) of the loss, which is then the one pass
 
 
 def bytes_at_once(max_bytes: int | None) -> int:
-    """What the arrays of one tensor may take."""
+    """The limit on the bytes of the arrays of one tensor."""
     return max_bytes or _MAX_BYTES.get(jax.default_backend(), _MAX_BYTES_ACCELERATOR)
 
 
@@ -91,9 +91,9 @@ def by_whole_loss(program: Program, members: tuple[int, ...], reason: str, max_b
 
 
 def make_plan(program: Program, max_bytes: int | None = None, norms_inside: bool = True) -> Plan:
-    """The plan for a captured loss; `max_bytes` bounds the arrays of one tensor, but for one example's own.
+    """The plan for a captured loss. `max_bytes` bounds the arrays of one tensor, for chunks of at least one example.
 
-    Where `norms_inside`, norms may be taken inside the backward pass of a scan.
+    With `norms_inside`, norms may be taken inside the backward pass of a scan.
     """
     limit = bytes_at_once(max_bytes)
     places = uses_by_parameter(program)
@@ -127,26 +127,26 @@ def make_plan(program: Program, max_bytes: int | None = None, norms_inside: bool
 
 
 def _form(limit: int, product: Product) -> tuple[str, int]:
-    """(form, chunk) of a product whose sum is formed apart."""
+    """(form, chunk) of a product whose sum is computed separately."""
     form = product_form(product)
     return form, product_chunk(product, form, 4, limit)
 
 
 def _key(place: Place) -> tuple[tuple[int, ...], int]:
-    """What tells a place from all others."""
+    """The key that identifies a place."""
     return place[0].key, place[1]
 
 
 def _numbers(program: Program, places: dict[int, list[Place]]) -> set[Any]:
-    """The keys of all places at which a number that is made of tensors is used."""
+    """The keys of all places that use a number computed from tensors."""
     once = {_key(place): place for of_one in places.values() for place in of_one}
     return {key for key, place in once.items() if _is_number(program, *place)}
 
 
 def _is_number(program: Program, use: Use, position: int) -> bool:
-    """Whether an operand is one real number made of larger tensors, so that its gradient is the same for all examples.
+    """Whether an operand is one real number computed from larger tensors.
 
-    But for a factor, its cotangent: see `scalars`.
+    Its gradient is then the same for all examples, except for a factor, its cotangent: see `scalars`.
     """
     var = use.site.eqn.invars[position]
     if use.nested is not None or var.aval.size != 1 or not jnp.issubdtype(var.aval.dtype, jnp.floating):
@@ -160,7 +160,7 @@ def _is_number(program: Program, use: Use, position: int) -> bool:
 
 
 def _number_plan(program: Program, parameter: int, numbers: tuple[Place, ...]) -> RulePlan | str:
-    """The plan of a tensor that meets the example through numbers alone: gᵢ = cᵢ v, or why there is none."""
+    """The plan of a tensor that meets the example through numbers alone, gᵢ = cᵢ v, or why there is none."""
     if len({use.site.eqn.invars[position] for use, position in numbers}) > 1:
         return "several numbers are made of it: gradients add up before they are squared"
     itemsize = trees.accumulator_dtype(program.parameters[parameter].aval.dtype).itemsize
@@ -168,7 +168,7 @@ def _number_plan(program: Program, parameter: int, numbers: tuple[Place, ...]) -
 
 
 def uses_by_parameter(program: Program) -> dict[int, list[Place]]:
-    """For every parameter its uses, and the position of the operand that is a view of it."""
+    """The uses of every parameter, with the position of the operand that is a view of it."""
     places: dict[int, list[Place]] = {i: [] for i in range(len(program.parameters))}
     for use in uses_of(program):
         for position in use.site.views:
@@ -183,7 +183,7 @@ def _parameters(program: Program, use: Use, position: int) -> frozenset[int]:
 
 
 def _rule_plan(program: Program, parameter: int, places: list[Place], limit: int) -> RulePlan | str:
-    """The plan of a tensor by a rule, or why there is none; an elementwise use has no need of one, and no reason."""
+    """The plan of a tensor by a rule, or why there is none: empty for an elementwise use, which needs no rule."""
     many = f"used {len(places)} times: gradients add up before they are squared"
     ways = [path_of(program, use, position, parameter) for use, position in places]
     if len(places) == 1 and (reason := _without_rule(program, places[0], ways[0])) is not None:
@@ -205,15 +205,15 @@ def _rule_plan(program: Program, parameter: int, places: list[Place], limit: int
         return many
     form = product_form(product)
     if len(places) > 1 and form == "instantiate":
-        return many  # what is built for each use adds up as well
+        return many  # gradients that are built for each use can be added up as well
     if not product.rearranges and places[0][0].nested is not None:
-        form = "instantiate"  # the primitive's own vjp, which would form the sum, stands in the body
+        form = "instantiate"  # the primitive's own vjp, which would compute the sum, is in the body
     chunk = product_chunk(product, form, itemsize, limit)
     return RulePlan(parameter, tuple(places), paths, product, form, chunk, itemsize)
 
 
 def _without_rule(program: Program, place: Place, path: Path | None) -> str | None:
-    """Why a tensor's one use has no rule; empty where it needs none, None where it has one."""
+    """Why the one use of a tensor has no rule. Empty if it needs none, None if it has one."""
     use, position = place
     name = _name(place)
     if primitives.of(use.site.eqn).is_scan:
@@ -231,7 +231,7 @@ def _without_rule(program: Program, place: Place, path: Path | None) -> str | No
 
 
 def _norm(place: Place, path: Path | None) -> Norm | None:
-    """The rule of a use that places or adds up cotangents, of all steps where it stands in a scan."""
+    """The rule of a use that places or adds up cotangents, over all steps if it is in a scan."""
     use, position = place
     rule = rule_for(use.site.eqn, position)
     if not isinstance(rule, Norm) or path is None or not path.is_isometric or path.inner:
@@ -247,7 +247,7 @@ def _name(place: Place) -> str:
 
 
 def _is_cheap(program: Program, use: Use, position: int) -> bool:
-    """Whether to undo a view costs no more operations than it has entries, or a few times that."""
+    """Whether undoing a view costs at most a few operations per entry."""
     views = list(use.variables(position))
     limit = 8 * max(var.aval.size for var in views)
     return all(primitives.operations(eqn) <= limit for eqn in leading_to(views, program.static))
@@ -256,7 +256,7 @@ def _is_cheap(program: Program, use: Use, position: int) -> bool:
 def _groups(
     program: Program, places: dict[int, list[Place]], numbers: set[Any], reasons: dict[int, str], limit: int
 ) -> tuple[GroupPlan, ...]:
-    """Tensors that share a view (a product of two, a concatenation) go together, all others alone."""
+    """Group tensors that share a view (a product of two, a concatenation). All others are alone."""
     group_of = {parameter: {parameter} for parameter in places}
     for of_one in places.values():
         for use, position in of_one:
@@ -271,7 +271,7 @@ def _groups(
 def _group(
     program: Program, members: tuple[int, ...], places: dict[int, list[Place]], reasons: dict[int, str], limit: int
 ) -> GroupPlan:
-    """The plan of tensors whose gradients are built, at all of their uses."""
+    """The plan of tensors whose gradients are built at all of their uses."""
     at: dict[tuple[int, ...], tuple[Use, set[int]]] = {}
     for parameter in members:
         for use, position in places[parameter]:
@@ -283,14 +283,14 @@ def _group(
 
 
 def group_bytes(program: Program, members: tuple[int, ...], uses: tuple[tuple[Use, tuple[int, ...]], ...]) -> int:
-    """Bytes of one example's gradients of a group: of its views, and of its tensors."""
+    """Bytes of the gradients of a group for one example: of its views and of its tensors."""
     views = {var for use, positions in uses for p in positions for var in use.variables(p)}
     variables = [*views, *(program.parameters[i] for i in members)]
     return sum(math.prod(var.aval.shape) * trees.accumulator_dtype(var.aval.dtype).itemsize for var in variables)
 
 
 def norm_bytes(use: Use) -> int:
-    """Bytes of the cotangent of one example, which a norm's rule sorts or copies."""
+    """Bytes of the cotangent of one example, which the rule of a norm sorts or copies."""
     (out,) = use.site.eqn.outvars
     return math.prod(out.aval.shape) * trees.accumulator_dtype(out.aval.dtype).itemsize
 

@@ -1,11 +1,11 @@
-"""Most uses of a parameter are a product in disguise.
+"""Rules that express a gradient as a product. Most uses of a parameter are a product.
 
 For one example, with N independent products over T positions,
 
     G[n] = A[n]ᵀ B[n],    A [N, T, D] from the input, B [N, T, P] from the cotangent of the output,
 
-is the gradient of the view, rearranged; a convolution is such a product over the patches of its input. Then
-‖G‖² = Σₙ ⟨A Aᵀ, B Bᵀ⟩ (Gram), or ‖A‖² ‖B‖² where T = 1, needs no G.
+is the gradient of the view, rearranged. A convolution is such a product over the patches of its input. Then
+‖G‖² = Σₙ ⟨A Aᵀ, B Bᵀ⟩ (Gram), or ‖A‖² ‖B‖² if T = 1, does not need G.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,22 +24,23 @@ class Product(NamedTuple):
 
         G[n] = A[n]ᵀ B[n] = Σₜ a[n, t] b[n, t]ᵀ,    A [N, T, D] from the input, B [N, T, P] from the cotangent,
 
-    and the gradient is G, rearranged. For a dense layer y = x W it is N = 1, A = x [1, T, D] and B = the cotangent of
-    y, [1, T, P]. The engine takes ‖g‖² from it in the cheapest of three ways: ‖a‖² ‖b‖² where T = 1, ⟨AAᵀ, BBᵀ⟩, or
-    from G itself. It takes the sum Σ gᵢ over the batch from it too. The rule also holds in the body of `jax.lax.scan`.
+    and the gradient is G, rearranged. A dense layer y = x W has N = 1, A = x [1, T, D] and B = the cotangent of y,
+    [1, T, P]. The engine computes ‖g‖² in the cheapest of three ways: ‖a‖² ‖b‖² if T = 1, ⟨AAᵀ, BBᵀ⟩, or from G
+    itself. It also computes the sum Σ gᵢ over the batch from the product. The rule also works in the body of
+    `jax.lax.scan`.
 
     Attributes:
-        factors: factors(input, cotangent) → (A, B), of ONE example; the engine adds the batch axis, [B, ...], by
-            `jax.vmap`. `input` is the one operand of the equation that depends on the example (where more do, the
-            rule is not used), `cotangent` has the shape of the output.
+        factors: factors(input, cotangent) → (A, B), of ONE example. The engine adds the batch axis, [B, ...], by
+            `jax.vmap`. `input` is the one operand of the equation that depends on the example (if more do, the rule is
+            not used). `cotangent` has the shape of the output.
         to_view: to_view(G [N, D, P]) → the gradient, in the shape of the operand. It must rearrange G: each entry
-            stands in the result once.
+            occurs once in the result.
         dims: (N, T, D, P).
-        precision: Of the products, as in `jax.lax.dot_general`.
-        rearranges, of_batch, keeps_entries, sides, d_axes, scale, is_shared: For the rules of cg_jax.
+        precision: The precision of the products, as in `jax.lax.dot_general`.
+        rearranges, of_batch, keeps_entries, sides, d_axes, scale, is_shared: For the built-in rules only.
 
     Examples:
-        The rule of a vector times a matrix, x [D] and W [D, P], which cg_jax has a rule for already:
+        The rule of a vector times a matrix, x [D] and W [D, P] (cg_jax already has one):
 
         >>> import jax.numpy as jnp, cg_jax as cg
         >>> def times(eqn, view):
@@ -58,14 +59,14 @@ class Product(NamedTuple):
     to_view: Callable[[jax.Array], jax.Array]
     dims: tuple[int, int, int, int]
     precision: Any = None  # of the products, as in jax.lax.dot_general
-    rearranges: bool = True  # whether A only rearranges the input; patches are many times the input
-    of_batch: Factors | None = None  # the same for a batch, where that is faster than vmap; A then as Aᵀ [B, N, D, T]
+    rearranges: bool = True  # whether A only rearranges the input; patches are much larger than it
+    of_batch: Factors | None = None  # `factors` for a batch, if faster than vmap; it gives Aᵀ [B, N, D, T] for A
     keeps_entries: bool = False  # whether A and B are the input and the cotangent, rearranged
-    # For each axis of the view, whether it is one of N, D or P, in which they stand in the view's order; None: no such
+    # For each axis of the view, its letter N, D or P, each in the order of the view. None if there is no such order.
     sides: str | None = None
-    d_axes: tuple[int, ...] | None = None  # the view's axes of D as A has them, where that is another order
+    d_axes: tuple[int, ...] | None = None  # the axes of D in the order of A, if it differs from the view's
     scale: Any = None  # [N, D, P], multiplies G entry by entry
-    is_shared: bool = False  # whether equal layers have this very object, so that they need to be traced once only
+    is_shared: bool = False  # whether equal layers share this object and so are traced only once
 
 
 def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
@@ -74,7 +75,7 @@ def sizes(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
 
 
 def lift(product: Product, length: int, is_slice: bool) -> Product:
-    """The product of a use in the body of a scan: positions of all steps together; a slice has its own in each step."""
+    """The product of a use in the body of a scan: positions of all steps together, or one product per slice."""
     n, t, d, p = product.dims
     dims = (length * n, t, d, p) if is_slice else (n, length * t, d, p)
 
@@ -103,7 +104,7 @@ def lift(product: Product, length: int, is_slice: bool) -> Product:
 
 
 def joined_positions(products: Sequence[Product], flipped: Sequence[bool]) -> Product:
-    """The product over the positions of several, of lists of inputs and cotangents; in some A and B change places."""
+    """One product over the positions of several, for lists of inputs and cotangents. `flipped` ones swap A and B."""
     first = products[0]
 
     def factors(x: Sequence[jax.Array], cotangent: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

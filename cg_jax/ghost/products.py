@@ -1,14 +1,13 @@
-"""Norms and sums of the gradients AᵀB of a batch, and which way they are formed.
+"""Norms and sums of the gradients AᵀB of a batch, and the choice of the method.
 
-The choice is by operations and bytes, measured in benchmarks/crossover.py and told in docs/engine.md:
+The choice is by operations and bytes, measured in benchmarks/crossover.py and explained in docs/engine.md:
 
 - T = 1: ‖a‖² ‖b‖², nothing is built.
-- Instantiating G = AᵀB takes T D P multiplications, as the sum alone does, and the sum comes from the same arrays;
-  but D P numbers per example are written and read. Gram takes the sum, and T² (D + P) multiplications more. So the
-  known limit by operations, T < D P / (D + P), which pays for the sum apart, is not the right one: Gram wins by what
-  it does not write, and such a number was measured to be worth about 20 multiplications: T² (D + P) ≤ 20 D P. It is 4
-  where A holds patches, which Gram must keep. On an accelerator the known limit by memory, 2 T² ≤ D P, stands until it
-  is measured.
+- Instantiating G = AᵀB takes T D P multiplications, the same as the sum alone, and gives the sum too. But it writes
+  and reads D P numbers per example. Gram takes the sum and T² (D + P) more multiplications. The known limit by
+  operations, T < D P / (D + P), counts the sum separately and does not apply. Gram wins by the numbers that it does not
+  write. Each is worth about 20 multiplications, as measured: T² (D + P) ≤ 20 D P. The factor is 4 if A holds patches,
+  which Gram must store. On an accelerator the known limit by memory, 2 T² ≤ D P, is used until it is measured.
 """
 
 from typing import Any
@@ -17,20 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import trees
+from cg_jax._types import PyTree
 from cg_jax.ghost import varying
 from cg_jax.ghost.chunks import accumulate, in_chunks
 from cg_jax.ghost.product import Product
 
-PyTree = Any
-# Multiplications that a number of G is worth, on a CPU.
+# The cost of one number of G in multiplications, on a CPU.
 _PER_NUMBER = 20
 _PER_NUMBER_OF_PATCHES = 4
-# On a CPU, what fits the cache is several times faster than what does not.
+# On a CPU, arrays that fit this cache are several times faster.
 _CACHE_BYTES = 2**20
 
 
 def product_form(product: Product) -> str:
-    """How ‖Aᵀ B‖² is done: "closed" (T = 1), "gram", or "instantiate", which yields the sum of Aᵀ B as well."""
+    """How to compute ‖Aᵀ B‖²: "closed" (T = 1), "gram", or "instantiate", which also gives the sum of Aᵀ B."""
     _, t, d, p = product.dims
     if t == 1:
         return "closed"
@@ -43,13 +42,13 @@ def product_form(product: Product) -> str:
 
 
 def is_faster_flipped(product: Product) -> bool:
-    """Whether BᵀA is faster than AᵀB; measured on XLA:CPU, where a wide B wants to stand first, unless Aᵀ is given."""
+    """Whether BᵀA is faster than AᵀB. On XLA:CPU, as measured, a wide B should come first, unless Aᵀ is given."""
     _, _, d, p = product.dims
     return jax.default_backend() == "cpu" and product.of_batch is None and 64 <= p < d
 
 
 def product_bytes(product: Product, form: str, itemsize: int) -> int:
-    """Bytes of what is built for one example: G or the two T × T arrays, and the patches of a convolution."""
+    """Bytes of the arrays for one example: G or the two T × T arrays, and the patches of a convolution."""
     n, t, d, p = product.dims
     patches = 0 if product.rearranges else n * t * d
     built = {"closed": 0, "gram": 2 * n * t * t, "instantiate": n * d * p}[form]
@@ -57,7 +56,7 @@ def product_bytes(product: Product, form: str, itemsize: int) -> int:
 
 
 def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int:
-    """How many examples' arrays are built at once."""
+    """The number of examples whose arrays are built at once."""
     size = max(1, product_bytes(product, form, itemsize))
     chunk = max(1, limit // size)
     if form == "instantiate" and jax.default_backend() == "cpu":
@@ -68,7 +67,7 @@ def product_chunk(product: Product, form: str, itemsize: int, limit: int) -> int
 
 
 def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """(‖AᵀB‖² [B], Σ AᵀB as the view's gradient), both from the same arrays."""
+    """(‖AᵀB‖² [B], Σ AᵀB as the gradient of the view), both from the same arrays."""
     n, _, d, p = product.dims
     flip = is_faster_flipped(product)
     order, shape = ("pd", (p, d)) if flip else ("dp", (d, p))
@@ -77,7 +76,7 @@ def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: in
     def gradients(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, b, letters = _factors(product, *rows)
         a, b = (each.reshape(-1, *each.shape[2:]) for each in (a, b))
-        if a.shape[0] == 1:  # one product is not a batch of one: XLA does it faster
+        if a.shape[0] == 1:  # XLA computes one product faster than a batch of one
             g = _dot(product, dtype, f"{letters},tp->{order}", a[0], b[0])
         else:
             g = _dot(product, dtype, f"n{letters},ntp->n{order}", a, b)
@@ -92,9 +91,10 @@ def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: in
 
 
 def without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, chunk: int) -> jax.Array:
-    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² where there is one position.
+    """‖AᵀB‖² [B] = ⟨AAᵀ, BBᵀ⟩, or ‖A‖² ‖B‖² if there is one position.
 
-    Inputs and cotangents near the ends of the range are scaled: their squares may leave it where the product's fits.
+    Inputs and cotangents near the limits of the range are scaled, since their squares may leave it even if the square
+    of the product fits.
     """
     if product.is_shared:
         return _without_gradients_once(product, form, x, cotangent, dtype, chunk)
@@ -105,7 +105,7 @@ def _in_range(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, c
     sizes = _size(x), _size(cotangent)
     x, cotangent = _scaled(x, 1 / sizes[0]), _scaled(cotangent, 1 / sizes[1])
     sq_norms = _without_gradients(product, form, x, cotangent, dtype, chunk)
-    for size in (*sizes, *sizes):  # one after the other: the square of one alone may leave the range
+    for size in (*sizes, *sizes):  # one after the other, since the square of one size may leave the range
         sq_norms = sq_norms * size.astype(sq_norms.dtype)
     return sq_norms
 
@@ -115,7 +115,7 @@ _without_gradients_once = jax.jit(_in_range, static_argnums=(0, 1, 4, 5))
 
 @jax.jit
 def _size(rows: PyTree) -> jax.Array:
-    """One number for each row, 1 but near the ends of the range, over which its squares stay inside."""
+    """A scale for each row: 1, or near the limits of the range a power of two to divide by, so that squares fit."""
     sizes = [jnp.abs(x).max(tuple(range(1, x.ndim)), initial=0) for x in jax.tree.leaves(rows)]
     largest = jnp.stack([size.astype(trees.accumulator_dtype(size.dtype)) for size in sizes]).max(0)
     inside = ((largest > 2.0**-40) & (largest < 2.0**40)) | (largest == 0)
@@ -145,7 +145,7 @@ def _without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtyp
 
 
 def sum_of_products(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax.Array:
-    """Σ AᵀB over the batch, as the view's gradient."""
+    """Σ AᵀB over the batch, as the gradient of the view."""
     return (_sum_once if product.is_shared else _sum)(product, x, cotangent, dtype)
 
 
@@ -183,9 +183,9 @@ def _dot(product: Product, dtype: Any, spec: str, a: jax.Array, b: jax.Array) ->
 def _gram(product: Product, dtype: Any, a: jax.Array, b: jax.Array, letters: str) -> jax.Array:
     """⟨AAᵀ, BBᵀ⟩ [B] of factors [B, N, T, D] and [B, N, T, P], as AᵀB = A′ᵀB′ + T ā b̄ᵀ with A′ = A − ā, B′ = B − b̄.
 
-    Rounding is relative to the factors, not to the product. Where positions are nearly alike and their cotangents
-    cancel, as for the difference of two views of one input, no digit would be right; of centred factors they are.
-    Narrow factors are not centred, which would round them again.
+    Rounding is relative to the factors, not to the product. If positions are nearly equal and their cotangents cancel,
+    as for the difference of two views of one input, no digit would be correct. With centred factors the digits are.
+    Narrow factors are not centred, since that would round them again.
     """
     other = letters.replace("t", "s")
     at = 2 + letters.index("t")
@@ -196,7 +196,7 @@ def _gram(product: Product, dtype: Any, a: jax.Array, b: jax.Array, letters: str
 
     if a.dtype != trees.accumulator_dtype(a.dtype) or b.dtype != trees.accumulator_dtype(b.dtype):
         return jnp.maximum(of_inner(a, a, b, b), 0)
-    positions = max(1, b.shape[2])  # of none, the mean is zero
+    positions = max(1, b.shape[2])  # without positions, the mean is zero
     mean_a, mean_b = a.sum(at, keepdims=True) / positions, b.sum(2, keepdims=True) / positions
     a, b = a - mean_a, b - mean_b
     mixed = of_inner(a, mean_a, b, mean_b)

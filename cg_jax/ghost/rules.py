@@ -1,8 +1,8 @@
-"""How the squared norm of a gradient follows from a parameter use's inputs and cotangents, primitive by primitive.
+"""Rules for the squared norm of a gradient, from the inputs and cotangents of a parameter use.
 
-A rule gives a `Product`, or a `Norm` where the view's gradient only places or adds up cotangents. What has no rule is
-done by the primitive's own vjp, example by example. The rules of cg_jax stand in the table of `primitives`; here are
-those of others.
+A rule gives a `Product`, or a `Norm` if the gradient of the view only places or adds up cotangents. A primitive without
+a rule uses its own vjp, example by example. The built-in rules are in the table of `primitives`. This module registers
+user-defined rules.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.primitives import TABLE, Primitive, Rule, RuleBuilder
 from cg_jax.ghost.product import Product
 
-# The primitives that a rule was registered for: their own entry, if there is one, and the rules, the last in force.
+# Primitive → (its built-in entry if any, its registered rules). The last rule is in force.
 _REGISTERED: dict[str, tuple[Primitive | None, list["Registration"]]] = {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Registration(contextlib.AbstractContextManager["Registration", None]):
-    """A rule in force, from `register_rule` until it is removed; called, it is the rule.
+    """A rule registered by `register_rule`, in force until it is removed. Calling it calls the rule.
 
-    As a context manager it is removed at the end of the block.
+    As a context manager, it removes the rule at the end of the block.
     """
 
     primitive: str
@@ -48,7 +48,7 @@ class Registration(contextlib.AbstractContextManager["Registration", None]):
         self.remove()
 
     def remove(self) -> None:
-        """Take the rule back: the one registered before it holds again, or that of cg_jax. Twice does no harm."""
+        """Remove the rule. The rule registered before it, or the built-in one, is in force again. May be repeated."""
         _, rules = _REGISTERED.get(self.primitive, (None, []))
         if self in rules:
             rules.remove(self)
@@ -62,30 +62,29 @@ def register_rule(primitive: str) -> Callable[[RuleBuilder], Registration]: ...
 def register_rule(
     primitive: str, rule: RuleBuilder | None = None
 ) -> Registration | Callable[[RuleBuilder], Registration]:
-    """Have the engine use `rule` where a parameter meets a value of the example in `primitive`.
+    """Register `rule` for the places where a parameter meets a value of the example in `primitive`.
 
-    Nothing needs a rule to be exact: a primitive without one is done by its own vjp, example by example. A rule makes
-    it cheap. A rule holds for real numbers, and replaces the one registered before it.
+    Results are exact without rules: a primitive without a rule falls back to its own vjp, example by example. A rule
+    makes it cheap. A rule holds for real numbers, and replaces the one registered before it.
 
-    It is in force from the next call on: functions of cg_jax compile again when they are called after a rule was
-    registered or removed. A function that you compiled yourself, with `jax.jit` around one of cg_jax, keeps the rules
-    that it was traced with.
+    The rule is in force from the next call on. Functions of cg_jax compile again after a rule is registered or removed.
+    A function that you compiled yourself, with `jax.jit` around one of cg_jax, keeps the rules that it was traced with.
 
     Args:
         primitive: The primitive's name, as `jax.make_jaxpr` prints it.
-        rule: rule(eqn, view) → what becomes of the parameter at operand `view` of the equation `eqn`: a `Product`, a
-            `Norm`, or None where neither fits, for the primitive's own vjp. The primitive must be linear in that
-            operand, given the others. Left out, `register_rule(primitive)` is a decorator of the rule.
+        rule: rule(eqn, view) → the gradient of the parameter at operand `view` of the equation `eqn`: a `Product`, a
+            `Norm`, or None to fall back to the primitive's own vjp. The primitive must be linear in that operand, given
+            the others. Without it, `register_rule(primitive)` is a decorator for the rule.
 
     Returns:
-        A `Registration`. `remove()` takes the rule back, as does the end of a `with` block; then the rule that it
-        replaced is in force again. A decorated rule is its own `Registration`, and can be called as before.
+        A `Registration`. `remove()` or the end of a `with` block removes the rule. Then the rule that it replaced is in
+        force again. A decorated rule becomes a `Registration`, and can be called as before.
 
     Raises:
-        TypeError: primitive is no string, or rule cannot be called; when a loss is traced, a rule that gives something
-            else than a `Product`, a `Norm` or None.
-        ValueError: When a loss is traced, a `Norm` that gives more than one number for an example, or a `Product` whose
-            factors or to_view do not have the shapes that its dims say.
+        TypeError: primitive is not a string, or rule cannot be called. When a loss is traced: the rule returns
+            something other than a `Product`, a `Norm` or None.
+        ValueError: When a loss is traced: a `Norm` gives more than one number for an example, or the factors or to_view
+            of a `Product` do not have the shapes given by its dims.
 
     Examples:
         A bias of the output's own shape: its gradient is the cotangent.
@@ -125,7 +124,7 @@ def _registered(primitive: str, rule: RuleBuilder) -> Registration:
 
 
 def _put_in_force(primitive: str) -> None:
-    """Have the table say what is registered for a primitive, and let nothing compiled before it be used."""
+    """Update the table entry of a primitive to its registered rule, and invalidate compiled programs."""
     own, rules = _REGISTERED[primitive]
     if rules:
         TABLE[primitive] = dataclasses.replace(own or Primitive(), rule=rules[-1], of_complex=False)
@@ -138,7 +137,7 @@ def _put_in_force(primitive: str) -> None:
 
 
 def rule_for(eqn: Any, view: int) -> Rule | None:
-    """The rule for a parameter at operand `view` of an equation, if there is one; of complex numbers, for products."""
+    """The rule for a parameter at operand `view` of an equation, if any. Some rules do not hold for complex numbers."""
     primitive = primitives.of(eqn)
     has_complex = any(is_complex(var.aval) for var in (*eqn.invars, *eqn.outvars))
     rule = None if primitive.rule is None or (has_complex and not primitive.of_complex) else primitive.rule(eqn, view)
@@ -152,7 +151,7 @@ def rule_for(eqn: Any, view: int) -> Rule | None:
 
 
 def _check_shapes(eqn: Any, view: int, rule: Product) -> None:
-    """Raise ValueError where the product of a registered rule is not of the shapes that its dims say."""
+    """ValueError if the product of a registered rule does not have the shapes given by its dims."""
     shape, others = eqn.invars[view].aval.shape, [atom.aval for i, atom in enumerate(eqn.invars) if i != view]
     if len(others) != 1 or len(eqn.outvars) != 1:
         return

@@ -1,12 +1,12 @@
-"""Parameters that meet the example through one number: a penalty in the loss, a norm that something is divided by.
+"""Parameters that meet the example through one number: a penalty in the loss, or a norm as a divisor.
 
-Such a use adds to the gradient of example i a multiple of one vector that is the same for all examples,
+Such a use adds a multiple of one vector, the same for all examples, to the gradient of example i,
 
     gᵢ = hᵢ + Σₖ cᵢₖ vₖ,    vₖ = ∇ of the number k by the parameter, cᵢₖ its cotangent,
 
-with hᵢ from all other uses. So ‖gᵢ‖² = ‖hᵢ‖² + 2 Σₖ cᵢₖ ⟨hᵢ, vₖ⟩ + ‖Σₖ cᵢₖ vₖ‖², and hᵢ need not be built for the inner
-product. Near an optimum hᵢ and cᵢₖ vₖ may cancel, and rounding, which is relative to each of them, is all that is left.
-Where any example's terms cancel, the gradients are built instead.
+with hᵢ from all other uses. So ‖gᵢ‖² = ‖hᵢ‖² + 2 Σₖ cᵢₖ ⟨hᵢ, vₖ⟩ + ‖Σₖ cᵢₖ vₖ‖². The inner product does not need hᵢ to
+be built. Near an optimum hᵢ and cᵢₖ vₖ may cancel. Then only rounding remains, which is relative to each of them. If
+the terms of any example cancel, the gradients are built instead.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class ByNumbers:
     others: Tensors | None
 
     def sq_norms(self, of: Pass) -> ByParameter:
-        """The formula; where its terms cancel for any example, from gradients that are built."""
+        """By the formula, or from built gradients if its terms cancel for any example."""
         parameter, numbers = self.plan.parameter, self._numbers(of)
         own = trees.total([c * d * jnp.vdot(v, w) for c, v in numbers for d, w in numbers])
         if self.others is None:
@@ -64,9 +64,9 @@ class ByNumbers:
         return own if self.others is None else [*own, *self.others.along(of, direction)]
 
     def _built(self, of: Pass) -> jax.Array:
-        """The squared norms from gradients that are built; in a branch, so that nothing of it is shared."""
+        """The squared norms from built gradients. This runs in a branch, so nothing is shared."""
         assert self.plan.exact is not None
-        return ByGradients(self.plan.exact).statistics(of)[0][0]
+        return ByGradients(self.plan.exact).norms_and_sums(of)[0][0]
 
     def _numbers(self, of: Pass) -> list[tuple[jax.Array, jax.Array]]:
         """(cᵢₖ [B], vₖ) of every number, in the accumulator dtype."""

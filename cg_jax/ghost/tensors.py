@@ -1,4 +1,4 @@
-"""How the statistics of tensors follow from a pass: by a product, by a norm, inside a scan, or from built gradients."""
+"""Statistics of tensors from a pass: by a product, by a norm, inside a scan, or from built gradients."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _compat, trees
+from cg_jax._types import PyTree
 from cg_jax.ghost import instances, primitives, varying
 from cg_jax.ghost.capture import Use
 from cg_jax.ghost.chunks import accumulate, in_chunks, of_each
@@ -20,12 +21,10 @@ from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import along, instantiated, sum_of_products, without_gradients
 from cg_jax.ghost.uses import rearranged, to_parameter
 
-PyTree = Any
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ByProduct:
-    """A tensor whose uses are one product, Σₜ aₜ bₜᵀ for each example."""
+    """A tensor whose uses form one product, Σₜ aₜ bₜᵀ for each example."""
 
     plan: RulePlan
 
@@ -55,7 +54,7 @@ class ByProduct:
         return of.once((self, "product"), lambda: self.plan.bound(of.program, of.env))
 
     def _factors(self, of: Pass) -> tuple[Any, Any]:
-        """(inputs, cotangents): of several uses, lists."""
+        """(inputs, cotangents). Lists if there are several uses."""
         pairs = [(of.traces[use.key][0][0], of.traces[use.key][1][0]) for use, _ in self.plan.places]
         return pairs[0] if len(pairs) == 1 else tuple(map(list, zip(*pairs, strict=True)))
 
@@ -72,9 +71,9 @@ class ByProduct:
         product, dtype = self._product(of), of.dtype(self.plan.parameter)
         if product.rearranges:
             return sum_of_products(product, x, cotangent, dtype)
-        if self.plan.places[0][0].nested is not None:  # the primitive's own vjp stands in the body
+        if self.plan.places[0][0].nested is not None:  # the primitive's own vjp is in the body
             return instantiated(product, x, cotangent, dtype, self.plan.chunk)[1]
-        # Patches are many times the input: there the primitive's own vjp forms the sum.
+        # Patches are much larger than the input, so the primitive's own vjp computes the sum.
         return _sum_by_vjp(of, self.plan, [x], cotangent)
 
 
@@ -108,7 +107,7 @@ class ByNorm:
         return {self.plan.parameter: total.astype(self._dtype(of))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:
-        """By the cotangent times the result at v: the use is linear in the tensor."""
+        """The cotangent times the result at v, since the use is linear in the tensor."""
         ((use, position),) = self.plan.places
         path, parameter = self.plan.paths[0], self.plan.parameter
         if path.length is not None:
@@ -131,7 +130,7 @@ class ByNorm:
         return [jax.vmap(one)(of.traces[use.key])]
 
     def _along_gradients(self, of: Pass, direction: jax.Array) -> jax.Array:
-        """The same of a use in a scan: one example's sum is its gradient."""
+        """`along` for a use in a scan, where the sum over one example is its gradient."""
         use = self.plan.places[0][0]
 
         def one(trace: Any) -> jax.Array:
@@ -146,7 +145,7 @@ class ByNorm:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inside:
-    """A tensor whose norms were taken inside the backward pass of a scan; weights and directions need other plans."""
+    """A tensor whose norms are taken inside the backward pass of a scan. Weights and directions need other plans."""
 
     plan: InlinePlan
 
@@ -205,18 +204,18 @@ class ByGradients:
             return gradient, operands
         return lambda row: selected(row[1], gradient(row[0])), (operands, of.keep)
 
-    def statistics(self, of: Pass) -> tuple[list[jax.Array], list[jax.Array]]:
+    def norms_and_sums(self, of: Pass) -> tuple[list[jax.Array], list[jax.Array]]:
         """(norms, sums) of each tensor, both from the same gradients."""
         gradient, operands = self.gradient(of)
         return accumulate(of_each(gradient), operands, self.plan.chunk)
 
     def _shared(self, of: Pass) -> tuple[list[jax.Array], list[jax.Array]]:
-        return of.once(self, lambda: self.statistics(of))
+        return of.once(self, lambda: self.norms_and_sums(of))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SameForAll:
-    """All tensors of a loss that ignores the example: one gradient."""
+    """All tensors of a loss that ignores the example. It has one gradient."""
 
     gradients: list[jax.Array]
 
@@ -257,7 +256,7 @@ def weighted(rows: PyTree, weights: jax.Array) -> PyTree:
 
 
 def _env_of(of: Pass, use: Use) -> dict[Any, Any]:
-    """The static values where a use stands: in the body of a checkpoint, those of the body."""
+    """The static values at a use. In the body of a checkpoint, those of the body."""
     if use.nested is None:
         return of.env
     body, outer = use.nested.body, use.nested.operands
@@ -267,10 +266,10 @@ def _env_of(of: Pass, use: Use) -> dict[Any, Any]:
 
 
 def _sum_by_vjp(of: Pass, tensor: RulePlan, seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
-    """Σ over the batch of a tensor's gradients at its one use, as an ordinary backward pass forms it, accumulated."""
+    """Σ over the batch of the gradients of a tensor at its one use, by an ordinary vjp in the accumulator dtype."""
     (place,), (path,) = tensor.places, tensor.paths
     (use, position), dtype = place, of.dtype(tensor.parameter)
-    # Of a scan, only what has no other static operand is done here.
+    # A use in a scan is only handled here if it has no other static operand.
     local = _env_of(of, use) if path.length is None else {}
     changed = {"preferred_element_type": None} if "preferred_element_type" in use.site.eqn.params else {}
     view = use.site.eqn.invars[position].aval
@@ -287,7 +286,7 @@ def _sum_by_vjp(of: Pass, tensor: RulePlan, seen: list[jax.Array], cotangent: ja
 
             return jax.vmap(one)([widen(x) for x in seen])
 
-        # All that has a rule is linear in the view.
+        # Every use with a rule is linear in the view.
         return varying.transposed(outputs, view.shape, widen(cotangent))
 
     if path.is_slice:

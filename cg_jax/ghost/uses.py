@@ -1,7 +1,7 @@
-"""What a parameter's uses are in terms of the parameter itself: one product of all of them, where there is one.
+"""Express the uses of a parameter in terms of the parameter itself: as one product of all uses, if there is one.
 
 The positions of several uses of a tensor (a weight that is used twice, four slices of it in a recurrent cell, the steps
-of a scan) are positions of one product, so that their gradients add up before they are squared.
+of a scan) become positions of one product, so that their gradients add up before they are squared.
 """
 
 import functools
@@ -25,12 +25,12 @@ Place = tuple[Use, int]
 
 
 class Path(NamedTuple):
-    """The way from a parameter to a use of it."""
+    """The path from a parameter to one of its uses."""
 
     outer: list[Step]  # in the outermost program
     inner: list[Step]  # in the body of a scan or checkpoint
     length: int | None  # of a scan
-    is_slice: bool  # whether each step of the scan is given its own slice
+    is_slice: bool  # whether each step of the scan receives its own slice
 
     @property
     def is_isometric(self) -> bool:
@@ -39,7 +39,7 @@ class Path(NamedTuple):
 
 
 def path_of(program: Program, use: Use, position: int, parameter: int) -> Path | None:
-    """The one way from a parameter to an operand of a use; None where there are several."""
+    """The path from a parameter to an operand of a use. None if there are several."""
     view, nested = use.site.eqn.invars[position], use.nested
     if nested is None:
         steps = path_to(program, parameter, view)
@@ -58,10 +58,10 @@ def path_of(program: Program, use: Use, position: int, parameter: int) -> Path |
 def product_of(
     program: Program, place: Place, path: Path, parameter: int, env: Any = None, alone: bool = True
 ) -> Product | None:
-    """The product of a use, in terms of the parameter; None where the view leaves none.
+    """The product of a use, in terms of the parameter. None if the view does not allow one.
 
-    `env` holds the static values; without, only the product's sizes may be read. One that is not `alone` has its axes
-    in the order of the parameter's.
+    `env` holds the static values. Without it, only the sizes of the product may be read. A product that is not `alone`
+    has its axes in the order of the parameter.
     """
     use, position = place
     base, aval = rule_for(use.site.eqn, position), program.parameters[parameter].aval
@@ -107,7 +107,7 @@ def product_of(
 
 
 def rearranged(steps: list[Step], gradient: jax.Array) -> jax.Array:
-    """A gradient with respect to a view that rearranges the first operand of the steps, as one with respect to that."""
+    """Map the gradient of a view, which rearranges the first operand of the steps, to the gradient of that operand."""
     if not steps:
         return gradient
     first = steps[0].operand.aval
@@ -117,7 +117,7 @@ def rearranged(steps: list[Step], gradient: jax.Array) -> jax.Array:
 def to_parameter(
     program: Program, place: Place, path: Path, parameter: int, env: dict[Any, Any], total: jax.Array
 ) -> jax.Array:
-    """A gradient with respect to the view of a use that runs once, as one with respect to the parameter."""
+    """Map the gradient of the view of a use that runs once to the gradient of the parameter."""
     read_outer, read_inner = _readers(program, place[0], env)
     if path.inner:
         total = undo(path.inner, read_inner(path.inner[0].operand), total, read_inner)
@@ -125,7 +125,7 @@ def to_parameter(
 
 
 def spread(program: Program, atom: Any) -> tuple[int, ...]:
-    """The axes along which a static value is not the same throughout, as far as its equations tell."""
+    """The axes along which a static value is not constant, as far as its equations tell."""
     if not atom.aval.shape:
         return ()
     eqn = program.producers.get(atom) if is_var(atom) else None
@@ -136,7 +136,7 @@ def spread(program: Program, atom: Any) -> tuple[int, ...]:
 
 
 def _lifted(once: Callable[..., Factors], path: Path, x: jax.Array, cotangent: jax.Array) -> Factors:
-    """The factors of all steps of a scan: positions of one product, or, of slices, products side by side."""
+    """The factors of all steps of a scan: positions of one product, or for slices, separate products."""
     sides: list[str] = []
 
     def arrays(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -159,9 +159,9 @@ def _lifted(once: Callable[..., Factors], path: Path, x: jax.Array, cotangent: j
 
 
 def _readers(program: Program, use: Use, env: dict[Any, Any] | None) -> tuple[Read, Read]:
-    """How to read a static value in the outermost program, and in the body where the use stands.
+    """Functions that read a static value: in the outermost program, and in the body of the use.
 
-    Without `env`, to be used in an abstract evaluation only.
+    Without `env` they only work in an abstract evaluation.
     """
     nested = use.nested
     fixed = [] if nested is None else [var for var in nested.operands if not nested.is_slice(var)]
@@ -172,7 +172,7 @@ def _readers(program: Program, use: Use, env: dict[Any, Any] | None) -> tuple[Re
         inner = nested.body.constants | dict(
             zip(fixed, outside if env is None else read_all(outside, env), strict=True)
         )
-        for eqn in nested.body.static:  # some differ from step to step
+        for eqn in nested.body.static:  # some differ between steps
             if all(atom in inner for atom in eqn.invars if is_var(atom)):
                 inner.update(zip(eqn.outvars, eqn.outvars if env is None else evaluated(eqn, inner), strict=True))
 
@@ -190,9 +190,9 @@ def _readers(program: Program, use: Use, env: dict[Any, Any] | None) -> tuple[Re
 
 
 def together(products: list[Product]) -> Product | None:
-    """One product for several uses of a tensor, whose positions are those of all; None where they do not fit.
+    """One product with the positions of several uses of a tensor. None if they do not fit.
 
-    It takes lists of inputs and cotangents.
+    Its factors take lists of inputs and cotangents.
     """
     first = products[0]
     flipped = []

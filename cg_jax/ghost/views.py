@@ -1,4 +1,4 @@
-"""Views of parameters: the equations between a parameter and what an example meets, and the way back for a gradient."""
+"""Views of parameters: the equations between a parameter and its use, and the way back for a gradient."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from cg_jax.ghost.primitives import Read, Static, Step
 
 
 def path_to(program: Program, parameter: int, view: Any) -> list[Step] | None:
-    """The steps from a parameter to a view, in order; None where there is more than one way."""
+    """The steps from a parameter to a view, in order. None if there is more than one path."""
     steps: list[Step] = []
     var = view
     while var != program.parameters[parameter]:
@@ -25,7 +25,7 @@ def path_to(program: Program, parameter: int, view: Any) -> list[Step] | None:
         positions = [
             i for i, atom in enumerate(eqn.invars) if is_var(atom) and parameter in program.reach.get(atom, ())
         ]
-        if primitives.of(eqn).is_many:  # of many values at once, each its own
+        if primitives.of(eqn).is_many:  # many operands at once, each with its own result
             positions = [eqn.outvars.index(var)]
         if len(positions) != 1:
             return None
@@ -43,9 +43,9 @@ def is_isometric(steps: Sequence[Step]) -> bool:
 
 
 def undo(steps: Sequence[Step], like: Any, total: jax.Array, read: Read) -> jax.Array:
-    """A gradient with respect to a view as one with respect to the parameter, in the dtype of the gradient.
+    """Map the gradient of a view to the gradient of the parameter, in the dtype of the gradient.
 
-    `like` is the parameter's value; casts on the way would round what was accumulated in a wider dtype.
+    `like` is the value of the parameter. It is widened, since casts on the path would round the accumulated gradient.
     """
 
     def widen(value: Any) -> Any:
@@ -68,12 +68,12 @@ def undo(steps: Sequence[Step], like: Any, total: jax.Array, read: Read) -> jax.
 
 
 def pull(steps: Sequence[Step], factors: Factors, static: Static) -> Factors:
-    """The factors of a view's gradient, as those of the parameter's; NotSeparableError where it has none.
+    """Map the factors of the gradient of a view to those of the parameter. NotSeparableError if it has none.
 
-    A view that is linear in one parameter keeps a gradient G = Σₜ aₜ bₜᵀ a sum of products, with other factors: a scale
-    of rows or columns, a selection of them, a slice, a concatenation or a product with another matrix (LoRA) acts on
-    one of the two factors alone. So no gradient of an example is built for them. A mask, or the derivative of what is
-    done entry by entry, multiplies G itself.
+    Through a view that is linear in one parameter, a gradient G = Σₜ aₜ bₜᵀ stays a sum of products with other factors.
+    A scale of rows or columns, a selection of them, a slice, a concatenation or a product with another matrix (LoRA)
+    acts on only one of the two factors. So no per-example gradient is built for them. A mask, or the derivative of an
+    elementwise function, multiplies G itself.
     """
     for step in reversed(steps):
         if step.is_identity:

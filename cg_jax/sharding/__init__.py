@@ -1,4 +1,4 @@
-"""Where arrays are: layouts of a measurement, and meshes with Explicit axes."""
+"""Layouts of a measurement, and meshes with Explicit axes."""
 
 from typing import Any
 
@@ -11,11 +11,13 @@ __all__ = ["Layout", "OnMesh", "SingleDevice", "Specs", "layout_of"]
 
 
 def layout_of(mesh: Any, data_axis: str | None, params: Any, state: Any) -> Layout:
-    """The layout of parameters and state on a mesh, or on one device if mesh is None; sums are like the parameters.
+    """The layout of parameters and state on a mesh, or on one device if mesh is None.
+
+    Sums are sharded like the parameters.
 
     Raises:
         TypeError: mesh is neither a jax.sharding.Mesh nor None.
-        ValueError: data_axis is no axis of the mesh, is None where the mesh has several and none called "data", or is
+        ValueError: data_axis is not an axis of the mesh, is None for a mesh with several axes and no axis "data", or is
             given without a mesh.
     """
     if mesh is not None and not isinstance(mesh, Mesh):

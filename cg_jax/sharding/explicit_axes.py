@@ -1,8 +1,8 @@
 """Run functions on Explicit-axis meshes as if Auto, then restore shardings.
 
-Under Explicit axes JAX asks for the output sharding of some operations on a sharded axis. What this library does to
-the axis of the examples is such an operation, and so may be the user's loss under vmap. With Auto axes the compiler
-decides.
+With Explicit axes, JAX requires the output sharding of some operations on a sharded axis. The operations of this
+library on the axis of the examples are such operations, and the user's loss under vmap may contain more. With Auto
+axes the compiler decides.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cg_jax import _compat, trees
+from cg_jax._types import PyTree
 
-PyTree = Any
 # (spec of each parameter, the axes that the examples are sharded over) → spec of each output
 OutSpecs = Callable[[PyTree, Any], PyTree]
 
 
 def with_auto_axes(f: Callable[..., PyTree], out_specs: OutSpecs, params: PyTree, batch: PyTree, *more: PyTree) -> Any:
-    """f(params, batch, *more), its outputs sharded by `out_specs` where an argument is on an Explicit-axis mesh."""
+    """f(params, batch, *more), with outputs sharded by `out_specs` if an argument is on an Explicit-axis mesh."""
     meshes = [sharding.mesh for sharding in map(_sharding, jax.tree.leaves((params, batch, more))) if sharding]
     if not meshes:
         return f(params, batch, *more)
@@ -47,7 +47,7 @@ def _spec(leaf: Any) -> P:
 
 
 def per_example_spec(rows: Any, spec: P) -> P:
-    """The spec of [B, *shape] for a leaf [*shape] of this spec, B sharded over `rows`."""
+    """The spec of [B, *shape] for a leaf [*shape] with this spec, where B is sharded over `rows`."""
     taken = rows if isinstance(rows, tuple) else (rows,)
     others = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
     return P(
@@ -61,7 +61,7 @@ def auto_mesh(mesh: Mesh) -> Mesh:
 
 
 def auto_arrays(tree: PyTree) -> PyTree:
-    """The same arrays, sharded as before, on meshes with Auto axes; nothing is copied."""
+    """The same arrays with the same sharding, on meshes with Auto axes. Nothing is copied."""
 
     def relabel(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
@@ -73,6 +73,6 @@ def auto_arrays(tree: PyTree) -> PyTree:
 
 
 def auto_context() -> contextlib.AbstractContextManager[Any]:
-    """While it is open, the mesh that the user has set has Auto axes."""
+    """A context in which the mesh set by the user has Auto axes."""
     mesh = jax.sharding.get_mesh()
     return jax.set_mesh(auto_mesh(mesh)) if AxisType.Explicit in mesh.axis_types else contextlib.nullcontext()

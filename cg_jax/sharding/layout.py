@@ -1,8 +1,8 @@
-"""The sharding of a measurement, of which one device is the simplest case.
+"""The sharding of a measurement. One device is the simplest case.
 
-A device keeps the sums of its own examples in a row of its own, so that a batch costs no traffic, however many there
-are; one all-reduce of the sums ends the measurement. Only a parameter that is itself sharded over the data axis (FSDP)
-is gathered for every batch, and its sum scattered.
+Each device keeps the sums of its own examples in its own row, so a batch costs no traffic. One all-reduce of the sums
+ends the measurement. Only a parameter that is sharded over the data axis (FSDP) is gathered, and its sum scattered,
+for every batch.
 """
 
 import abc
@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import trees
+from cg_jax._types import PyTree
 from cg_jax.sharding.explicit_axes import auto_arrays
 
-PyTree = Any
-# The sharding of each accumulated leaf: the spec of the parameter that it is like, or None for a scalar.
+# The sharding of each accumulated leaf: the spec of its parameter, or None for a scalar.
 Specs = Sequence[PartitionSpec | None]
 
 
 class Layout(abc.ABC):
-    """Where parameters, batches and sums are; hashable, so that programs are compiled for it.
+    """The devices and shardings of parameters, batches and sums. It is hashable: programs are compiled for it.
 
-    `axis` is the mesh axis of the examples, None on one device; `num_shards` its devices, and `local_shards` those that
-    this process feeds. `specs` are those of the leaves of the parameters, `kept` those of the differentiable ones.
+    `axis` is the mesh axis of the examples, or None on one device. `specs` are the specs of the leaves of parameters
+    and state, `kept` those of the differentiable parameters.
     """
 
     axis: Any
@@ -46,23 +46,23 @@ class Layout(abc.ABC):
 
     @property
     def spans_processes(self) -> bool:
-        """Whether several processes feed it, each with its own part of the data."""
+        """Whether several processes feed data, each its own part."""
         return False
 
     @abc.abstractmethod
     def active(self) -> contextlib.AbstractContextManager[Any]:
-        """While it is open, its mesh is JAX's current mesh, by which a loss_fn may constrain shardings."""
+        """A context in which its mesh is JAX's current mesh, so that a loss_fn may constrain shardings."""
 
     @abc.abstractmethod
     def place(self, params: PyTree) -> PyTree:
-        """The parameters on its devices; nothing is copied where they are there already."""
+        """Put the parameters on its devices. Nothing is copied if they are there already."""
 
     @abc.abstractmethod
     def put(self, rows: PyTree) -> PyTree:
-        """A batch on its devices, of which every process gives its own rows."""
+        """Put a batch on its devices. Every process gives its own rows."""
 
     def require_own_rows(self) -> None:  # noqa: B027
-        """ValueError where processes share a place of the data axis: each would have to give the same rows."""
+        """ValueError if processes share a position on the data axis, since each would have to give the same rows."""
 
     def process_of(self, row: int, batch_size: int) -> int:
         """The process that feeds a row of a batch."""
@@ -71,7 +71,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def zeros(self, shapes: PyTree, specs: Specs, by_shard: bool) -> PyTree:
-        """Zeros for sums of these shapes; with `by_shard`, for those of every device."""
+        """Zero sums of these shapes. With `by_shard`, one sum per device."""
 
     @abc.abstractmethod
     def per_shard(
@@ -83,9 +83,9 @@ class Layout(abc.ABC):
         specs: Specs,
         rows: PyTree,
     ) -> tuple[PyTree, PyTree]:
-        """(sums with those of f added, what f says of each row), where f(replicated, rows) → (sums, something by row).
+        """(sums with those of f added, the row results of f), where f(replicated, rows) → (sums, row results).
 
-        f runs on every device, with whole parameters and with the device's own rows.
+        f runs on every device, with whole parameters and the rows of the device.
         """
 
     @abc.abstractmethod
@@ -94,14 +94,14 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def constrain_all(self, sums: PyTree, specs: Specs) -> PyTree:
-        """Sums sharded by the specs; scalars replicated."""
+        """Shard the sums by the specs. Scalars are replicated."""
 
     @abc.abstractmethod
     def replicate(self, leaf: jax.Array) -> jax.Array:
-        """A leaf replicated over all devices."""
+        """Replicate a leaf over all devices."""
 
     def specs_of(self, sums: Any, like_params: Sequence[str]) -> Specs:
-        """The specs of the leaves of a NamedTuple whose fields `like_params` are like the parameters."""
+        """The specs of the leaves of a NamedTuple. Its fields `like_params` have the structure of the parameters."""
         return [
             spec
             for name, field in zip(sums._fields, sums, strict=True)
@@ -111,7 +111,7 @@ class Layout(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class SingleDevice(Layout):
-    """Wherever JAX puts what it computes; arrays that the user has sharded stay so."""
+    """JAX's default device. Arrays that the user has sharded keep their sharding."""
 
     axis = None
     specs = ()

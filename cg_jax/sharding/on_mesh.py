@@ -1,4 +1,4 @@
-"""A measurement on a mesh: examples sharded over the data axis, parameters as their owner sharded them."""
+"""A measurement on a mesh: examples sharded over the data axis, parameters sharded as the user chose."""
 
 import contextlib
 import dataclasses
@@ -12,10 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cg_jax import trees
+from cg_jax._types import PyTree
 from cg_jax.sharding.explicit_axes import auto_mesh
 from cg_jax.sharding.layout import Layout, Specs
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +30,10 @@ class OnMesh(Layout):
     def of(cls, mesh: Mesh, data_axis: str | None, params: PyTree, state: PyTree = None) -> "OnMesh":
         """The layout of parameters and state on a mesh. A leaf that is not on this mesh is replicated over it.
 
-        All axes are taken as Auto, whatever their type: the compiler divides the work over those that hold no data.
+        All axes are treated as Auto. The compiler divides the work over all axes except the data axis.
 
         Raises:
-            ValueError: data_axis is no axis of the mesh, or is None where the mesh has several and none called "data".
+            ValueError: data_axis is not an axis of the mesh, or is None for a mesh with several axes and none "data".
         """
         axis = _data_axis(mesh, data_axis)
         mesh = auto_mesh(mesh)
@@ -67,7 +66,7 @@ class OnMesh(Layout):
         return jax.process_count() > 1
 
     def holds(self, data: PyTree) -> bool:
-        """Whether all leaves are on its devices; of a leaf that JAX may move, on any one device."""
+        """Whether all leaves are on its devices. A leaf that JAX may move can be on any device."""
         leaves = jax.tree.leaves(data)
         if not all(isinstance(leaf, jax.Array) for leaf in leaves):
             return False
@@ -87,7 +86,7 @@ class OnMesh(Layout):
         return min(self._processes()[row * self.num_shards // batch_size])
 
     def _processes(self) -> list[set[int]]:
-        """The processes at each place of the data axis."""
+        """The processes at each position on the data axis."""
         devices = np.moveaxis(self.mesh.devices, self.mesh.axis_names.index(self.axis), 0)
         return [{device.process_index for device in row.flat} for row in devices.reshape(self.num_shards, -1)]
 
@@ -141,7 +140,7 @@ class OnMesh(Layout):
 
         def local(rows: list[jax.Array]) -> list[jax.Array]:
             mine = [row[0] for row in rows]
-            # XLA refuses an all-reduce over an axis of one device beside axes that it divides itself.
+            # XLA rejects an all-reduce over an axis of one device beside axes that it shards itself.
             return mine if self.num_shards == 1 else jax.lax.psum(mine, self.axis)
 
         totals = iter(self.mapped(local, (PartitionSpec(self.axis),), PartitionSpec())(rows))
@@ -157,12 +156,12 @@ class OnMesh(Layout):
         return self.constrain(leaf, PartitionSpec())
 
     def constrain(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """A leaf sharded by `spec`."""
+        """Shard a leaf by `spec`."""
         return jax.lax.with_sharding_constraint(leaf, self.on(spec))
 
     def mapped(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """f on every device of the data axis, given its own part."""
-        # Unchecked: a loss_fn may begin a loop with zeros that vary over no axis.
+        """The function that runs f on every device of the data axis, on its shard."""
+        # Unchecked, since a loss_fn may start a loop with zeros that vary over no axis.
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names={self.axis}, check_vma=False
         )
@@ -175,23 +174,23 @@ class OnMesh(Layout):
         return None
 
     def _others(self, spec: PartitionSpec) -> PartitionSpec:
-        """The part of `spec` that is not about the data axis."""
+        """`spec` without the data axis."""
         return PartitionSpec(*(tuple(a for a in _axes(entry) if a != self.axis) or None for entry in spec))
 
     def _data_last(self, spec: PartitionSpec) -> PartitionSpec:
-        """`spec` with the data axis the last to shard its dimension."""
+        """`spec` with the data axis last in its dimension."""
         dim = self._sharded_dim(spec)
         others = enumerate(self._others(spec))
         return PartitionSpec(*((*_axes(entry), self.axis) if i == dim else entry for i, entry in others))
 
     def _row_spec(self, spec: PartitionSpec | None) -> PartitionSpec:
-        """The spec of the sums of every device: a row each, unless they are sharded over the data axis anyway."""
+        """The spec of the sums of all devices: one row per device, unless the data axis already shards them."""
         if spec is None or self._sharded_dim(spec) is None:
             return PartitionSpec(self.axis, *(spec or ()))
         return spec
 
     def _constrained_inside(self, row: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-        """A device's row, sharded over the other axes by `spec`."""
+        """Shard the row of a device over the other axes by `spec`."""
         others = self._others(spec or PartitionSpec())
         if not any(others):
             return row
@@ -199,7 +198,7 @@ class OnMesh(Layout):
         return jax.lax.with_sharding_constraint(row, sharding)
 
     def _gathered(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """A leaf gathered over the data axis."""
+        """Gather a leaf over the data axis."""
         dim = self._sharded_dim(spec)
         if dim is None:
             return leaf
@@ -207,7 +206,7 @@ class OnMesh(Layout):
         return self._everywhere(gather, self._data_last(spec), self._others(spec))(leaf)
 
     def _scattered(self, rows: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-        """The rows of the devices; added up and scattered where the leaf is sharded over the data axis."""
+        """The rows of the devices, summed and scattered if the leaf is sharded over the data axis."""
         dim = self._sharded_dim(spec)
         if spec is None or dim is None:
             return rows
@@ -229,7 +228,7 @@ def _axes(entry: Any) -> tuple[str, ...]:
 
 
 def _spec_on(mesh: Mesh, leaf: Any) -> PartitionSpec:
-    """The spec of a leaf on this mesh; replicated if it is elsewhere."""
+    """The spec of a leaf on this mesh. Replicated if it is elsewhere."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         same_axes = sharding.mesh.axis_names == mesh.axis_names

@@ -1,8 +1,8 @@
-"""The one table of primitives: one entry for each, with all that the engine knows of it.
+"""The table of primitives: one entry for each, with all that the engine knows about it.
 
-`base` says what an entry holds. Support for another primitive is one entry, in the file of its family: `matmul`,
-`convolution`, `lookups`, `arithmetic`, `arranging`, `calls`. A primitive that has
-another name in another release of JAX has an entry under each.
+`base` defines an entry. To support another primitive, add one entry in the file of its family: `matmul`, `convolution`,
+`lookups`, `arithmetic`, `arranging`, `calls`. A primitive whose name differs between JAX releases has an entry under
+each name.
 """
 
 from cg_jax.ghost.primitives import arithmetic, arranging, calls, convolution, lookups, matmul

@@ -1,4 +1,4 @@
-"""What is done entry by entry."""
+"""Elementwise primitives."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def _pull_product(step: Step, factors: Factors, static: Static) -> Factors:
 
 
 def _pull_function(step: Step, factors: Factors, static: Static) -> Factors:
-    """By the derivative, which may be another in every entry."""
+    """Scale by the derivative, which may differ in every entry."""
     if is_complex(step.operand.aval):
         raise NotSeparableError
 
@@ -50,7 +50,7 @@ def _pull_function(step: Step, factors: Factors, static: Static) -> Factors:
 
 
 def _scaled(step: Step, factors: Factors, along: tuple[int, ...], factor_of: Callable[[], jax.Array]) -> Factors:
-    """Times a value that varies along some axes: a factor where these are of one alone, else the gradient."""
+    """Multiply by a value that varies along some axes: one factor if the axes belong to it alone, else the gradient."""
     shape = step.result.aval.shape
     if step.operand.aval.shape != shape:
         raise NotSeparableError
@@ -61,7 +61,7 @@ def _scaled(step: Step, factors: Factors, along: tuple[int, ...], factor_of: Cal
             raise NotSeparableError
         return factors._replace(scale=value if factors.scale is None else factors.scale * value)
     side = "D" if "D" in sides else "P"
-    # The axes of that factor, with length 1 where the value is the same; the positions come after those of both.
+    # The axes of that factor, of length 1 where the value is constant. The positions come after the axes of both.
     kept = value[tuple(slice(None) if i in along else slice(1) for i in range(len(shape)))]
     order = [i for letter in ("N", side) for i, s in enumerate(factors.sides) if s == letter]
     kept = kept.transpose([*order, *(i for i in range(len(shape)) if i not in order)])
@@ -73,7 +73,7 @@ def _scaled(step: Step, factors: Factors, along: tuple[int, ...], factor_of: Cal
 
 
 def _spread(eqn: Any, spread: Spread) -> tuple[int, ...]:
-    """The axes along which any operand is not the same."""
+    """The axes along which any operand is not constant."""
     return tuple(sorted(set().union(*map(spread, eqn.invars))))
 
 

@@ -1,4 +1,4 @@
-"""What rearranges, selects or joins entries: each acts on the axes of a product's factors by themselves."""
+"""Primitives that rearrange, select or join entries. Each acts on the axes of the factors of a product separately."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ def _transpose(step: Step, factors: Factors, _: Static) -> Factors:
 
 
 def _reordered(factors: Factors, order: Sequence[int]) -> Factors:
-    """With the gradient's axes in another order."""
+    """Reorder the axes of the gradient."""
 
     def arranged(letter: str) -> list[int]:
         return [factors.place(axis) for axis in order if factors.sides[axis] == letter]
@@ -32,7 +32,7 @@ def _reordered(factors: Factors, order: Sequence[int]) -> Factors:
 
 
 def _reshape(step: Step, factors: Factors, _: Static) -> Factors:
-    """Axes are split, merged or dropped, those of each factor by themselves."""
+    """Split, merge or drop axes, separately for each factor."""
     before, after = step.operand.aval.shape, step.result.aval.shape
     sides, i, j = "", 0, 0
     while i < len(before) or j < len(after):
@@ -52,13 +52,13 @@ def _reshape(step: Step, factors: Factors, _: Static) -> Factors:
         sides += of_run.pop() * (i - lo)
     n, d, p = ([size for size, side in zip(before, sides, strict=True) if side == letter] for letter in "NDP")
     t = factors.a.shape[factors.sides.count("N")]
-    # Axes of length one may change sides, which moves no entry.
+    # Axes of length one may change sides, since that moves no entry.
     scale = None if factors.scale is None else factors.scale.reshape(before)
     return Factors(factors.a.reshape(*n, t, *d), factors.b.reshape(*n, t, *p), sides, scale)
 
 
 def _broadcast(step: Step, factors: Factors, static: Static) -> Factors:
-    """New axes of length one; others would have to be summed."""
+    """Only new axes of length one. Other new axes would have to be summed."""
     if step.operand.aval.size != step.result.aval.size:
         raise NotSeparableError
     return _reshape(step, factors, static)
@@ -73,7 +73,7 @@ def _rev(step: Step, factors: Factors, _: Static) -> Factors:
 
 @unscaled
 def _concatenate(step: Step, factors: Factors, _: Static) -> Factors:
-    """The part of the operand."""
+    """Slice out the part of the operand."""
     axis = step.eqn.params["dimension"]
     sizes = [atom.aval.shape[axis] for atom in step.eqn.invars]
     start = sum(sizes[: step.position])
@@ -82,7 +82,7 @@ def _concatenate(step: Step, factors: Factors, _: Static) -> Factors:
 
 
 def _padded(factors: Factors, axis: int, start: int, stride: int, size: int) -> Factors:
-    """Zeros where a slice did not take from an axis of that size."""
+    """Pad with zeros where a slice took nothing from an axis of this size."""
 
     def pad(factor: jax.Array, place: int) -> jax.Array:
         length = factor.shape[place]

@@ -1,4 +1,4 @@
-"""Calls: what may be evaluated in place, and the bodies of scans and checkpoints."""
+"""Calls that may be evaluated in place, and the bodies of scans and checkpoints."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,13 +21,13 @@ class Body(NamedTuple):
     length: int | None  # None: a checkpoint, which runs once and has constants only
 
     def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """(constants, what begins the carry, slices) of the operands."""
+        """(constants, initial carry, slices) of the operands."""
         end = self.num_consts + self.num_carry
         return list(operands[: self.num_consts]), list(operands[self.num_consts : end]), list(operands[end:])
 
 
 def inner_jaxpr(eqn: Any, checkpoints: bool) -> tuple[Any, Sequence[Any]] | None:
-    """(body, constants) of a call that may be evaluated in place, of a checkpoint if so asked; else None."""
+    """(body, constants) of a call that may be evaluated in place, or None. With `checkpoints`, also of a checkpoint."""
     key = of(eqn).inlines
     if checkpoints and is_checkpoint(eqn):
         key = "jaxpr"
@@ -40,18 +40,18 @@ def is_checkpoint(eqn: Any) -> bool:
 
 
 def holds_scan(eqn: Any) -> bool:
-    """Whether a scan stands in an inner jaxpr of an equation."""
+    """Whether an inner jaxpr of an equation contains a scan."""
     return any(of(inner).is_scan for inner in inner_eqns(eqn))
 
 
 def carry_of(eqn: Any) -> range:
-    """The positions of the operands that begin a scan's carry."""
+    """The positions of the operands that start the carry of a scan."""
     num_consts, num_carry = _compat.scan_counts(eqn)
     return range(num_consts, num_consts + num_carry)
 
 
 def copies_into_carries(eqns: Sequence[Any]) -> set[Any]:
-    """The copies that begin the carries of scans."""
+    """The copies that start the carries of scans."""
     copies = {out for eqn in eqns if of(eqn).is_copy for out in eqn.outvars}
     carried = [eqn.invars[i] for eqn in eqns if of(eqn).is_scan for i in carry_of(eqn)]
     return {atom for atom in carried if not _compat.is_literal(atom) and atom in copies}
@@ -67,7 +67,7 @@ def body_of(eqn: Any) -> Body | None:
 
 
 def checkpoint_like(eqn: Any, f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, rematerialised in the way that the checkpoint `eqn` was."""
+    """`f`, rematerialised in the same way as the checkpoint `eqn`."""
     return jax.checkpoint(f, prevent_cse=eqn.params.get("prevent_cse", True), policy=eqn.params.get("policy"))
 
 
@@ -82,7 +82,7 @@ def checkpoint_in(jaxpr: Any) -> Any:
 
 
 def scan_of_checkpoints(eqn: Any, checkpoint: Any, operands: Sequence[Any]) -> list[Any]:
-    """A scan, every step of it rematerialised in the way that `checkpoint` was; its outputs as a list."""
+    """The outputs of a scan, with every step rematerialised in the same way as `checkpoint`."""
     call = body_of(eqn)
     assert call is not None
     consts, init, slices = call.split(operands)
@@ -98,7 +98,7 @@ def scan_of_checkpoints(eqn: Any, checkpoint: Any, operands: Sequence[Any]) -> l
 
 
 def has_custom_vjp(eqn: Any) -> bool:
-    """Whether a custom_vjp decides what an equation's cotangents are: they need not be linear in the output's."""
+    """Whether a custom_vjp computes the cotangents of an equation, which may then be nonlinear in the output's."""
     return any(of(part).custom == "vjp" for part in (eqn, *inner_eqns(eqn)))
 
 
@@ -111,8 +111,8 @@ def _scan_operations(eqn: Any) -> int:
     return (eqn.params.get("length") or 1) * sum(map(of_body, inner_jaxprs(eqn)))
 
 
-# Their bodies may be evaluated in place without changing what differentiation gives; not those of a custom_jvp or
-# custom_vjp, whose rules must be respected. Names differ between releases of JAX.
+# The bodies of jit and calls may be evaluated in place without changing derivatives. Those of a custom_jvp or
+# custom_vjp may not, since their rules must be respected. Names differ between JAX releases.
 ENTRIES = (
     each("jit pjit", Primitive(inlines="jaxpr"))
     | each("closed_call core_call", Primitive(inlines="call_jaxpr"))

@@ -1,8 +1,8 @@
 """Convolutions as products: A holds the patches of the input that the kernel sees, B the cotangents.
 
-The program's size does not depend on the window's. Along an axis whose windows do not overlap (a stride as long as the
-kernel) patches are a reshape. Along the others a loop copies what one entry of the kernel sees, entry after entry, with
-positions innermost: long rows are copied fast, and the product takes Aᵀ as it stands.
+The size of the program does not depend on the size of the window. Along an axis whose windows do not overlap (a stride
+as long as the kernel), patches are a reshape. Along the other axes, a loop over the entries of the kernel copies the
+inputs that each entry sees, with positions innermost. Long rows are copied fast, and the product uses Aᵀ directly.
 """
 
 import math
@@ -49,7 +49,7 @@ def rule(eqn: Any, view: int) -> Product | None:
     axes = [
         _Axis(*each) for each in zip(window, positions, params["window_strides"], params["rhs_dilation"], strict=True)
     ]
-    # The order of the window's axes in D: those that are looped over first.
+    # The order of the window's axes in D: looped axes first.
     order = sorted(range(len(axes)), key=lambda i: axes[i].is_apart)
 
     def of_batch(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +81,7 @@ def rule(eqn: Any, view: int) -> Product | None:
 
 
 def _patches(x: jax.Array, axes: list[_Axis]) -> jax.Array:
-    """[B, G, *window, C, N, *positions] of padded inputs [B, G, C, N, *spatial]; looped axes of the window first."""
+    """Patches [B, G, *window, C, N, *positions] of padded inputs [B, G, C, N, *spatial], looped axes first."""
     for i, axis in reversed(list(enumerate(axes))):
         if axis.is_apart:  # [B, G, *windows, C, N, *spatial] → [B, G, window, *windows, C, N, *spatial]
             at = x.ndim - len(axes) + i
@@ -108,7 +108,7 @@ def _patches(x: jax.Array, axes: list[_Axis]) -> jax.Array:
 
 
 def _cut(x: jax.Array, axis: _Axis, at: int) -> jax.Array:
-    """Axis `at` of `x` as two, positions and window, for windows that do not overlap."""
+    """Split axis `at` of `x` into positions and window, for windows that do not overlap."""
     step = axis.stride if axis.positions > 1 else axis.span
     missing = axis.positions * step - x.shape[at]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, missing if i == at else 0, 0) for i in range(x.ndim)])

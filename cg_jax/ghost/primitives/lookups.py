@@ -1,4 +1,4 @@
-"""Parameters that are looked up: what a gather takes twice gets the sum of both cotangents, which is squared then."""
+"""Look-ups of parameters. A row that a gather takes twice receives the sum of both cotangents, which is squared."""
 
 import math
 from typing import Any
@@ -20,15 +20,15 @@ _MODES = (
 
 
 def slice_rule(eqn: Any, view: int) -> Norm | None:
-    """A slice at a place that the example names: the gradient is the cotangent, put there."""
+    """A slice at a position given by the example. The gradient is the cotangent at that position."""
     return Norm(lambda operands, cotangent: jnp.square(cotangent).sum()) if view == 0 else None
 
 
 def gather_rule(eqn: Any, view: int) -> Norm | None:
-    """lax.gather with any dimension numbers, at places that the example names.
+    """lax.gather with any dimension numbers, at positions given by the example.
 
-    The axes of the table that the indices choose from, and the batching axes, make one row number; the others are the
-    rows. A window longer than one along the former is cut into rows, so that windows may overlap in part.
+    The indexed axes and the batching axes of the table form one row number. The other axes form the rows. A window
+    longer than one along the indexed axes is cut into rows, so windows may partly overlap.
     """
     numbers, table, params = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape, eqn.params
     if view != 0 or params["mode"] not in _MODES:
@@ -53,13 +53,13 @@ def gather_rule(eqn: Any, view: int) -> Norm | None:
 
 
 def _window_axes(table: tuple[int, ...], numbers: Any) -> list[int]:
-    """The axes of the table that the window in the output has, in order."""
+    """The axes of the table in the output window, in order."""
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     return [axis for axis in range(len(table)) if axis not in dropped]
 
 
 def _starts(indices: jax.Array, table: tuple[int, ...], params: Any) -> tuple[dict[int, jax.Array], jax.Array]:
-    """(where windows begin, [*batch] by axis of the table, whether a window is inside the table [*batch])."""
+    """(starts of windows, [*batch] for each axis of the table; whether a window is inside the table [*batch])."""
     if jnp.iinfo(indices.dtype).bits < 32:  # the table may be longer than they can count
         indices = indices.astype(jnp.int32)
     starts, inside = {}, jnp.ones(indices.shape[:-1], bool)
@@ -83,7 +83,7 @@ def _row_numbers(
     cut: list[int],
     lengths: tuple[int, ...],
 ) -> jax.Array:
-    """The number of the row at every place [*batch, *lengths]; `lengths` are the window's along the axes `cut`."""
+    """The row number at every position [*batch, *lengths]. `lengths` are those of the window along the axes `cut`."""
     ids = jnp.zeros((*batch, *lengths), jnp.int32)
     for axis in keys:
         place = starts[axis].reshape(*batch, *[1] * len(cut))
@@ -96,7 +96,7 @@ def _row_numbers(
 
 @unscaled
 def _pull_gather(step: Step, factors: Factors, static: Static) -> Factors:
-    """Rows or columns by their indices: what was taken twice adds up."""
+    """Scatter rows or columns to their indices. Rows that were taken twice add up."""
     eqn, shape = step.eqn, step.operand.aval.shape
     numbers, indices = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
     axis = numbers.start_index_map[0] if len(numbers.start_index_map) == 1 else -1

@@ -56,7 +56,7 @@ def _product(contract: Any, batch: Any, shapes: tuple[tuple[int, ...], ...], pre
 
 @unscaled
 def _pull(step: Step, factors: Factors, static: Static) -> Factors:
-    """A product with another matrix: it acts on the factor that its free axes are of."""
+    """A product with another matrix acts on the factor that has its free axes."""
     eqn, position = step.eqn, step.position
     contract, batch = eqn.params["dimension_numbers"]
     other = static.read(eqn.invars[1 - position])
@@ -64,7 +64,7 @@ def _pull(step: Step, factors: Factors, static: Static) -> Factors:
     ranks = [len(atom.aval.shape) for atom in eqn.invars]
     free = [[i for i in range(ranks[k]) if i not in (*contract[k], *batch[k])] for k in (0, 1)]
     lead, first = len(batch[0]), len(free[0])
-    # Where the free axes of the operand, and of the other, stand in the result.
+    # The positions of the free axes of both operands in the result.
     own = [lead + i + (first if position == 1 else 0) for i in range(len(free[position]))]
     others = [lead + i + (0 if position == 1 else first) for i in range(len(free[1 - position]))]
     sides = {factors.sides[axis] for axis in others} or {"P"}
@@ -76,7 +76,7 @@ def _pull(step: Step, factors: Factors, static: Static) -> Factors:
     moved = jnp.tensordot(
         factor, other.astype(wider(factor, other)), (places, free[1 - position]), precision=eqn.params["precision"]
     )
-    # Now [*rest of the factor, *contracted axes of the other, in their order], to be in the operand's order.
+    # Now [*rest of the factor, *contracted axes of the other, in their order]. Reorder to the order of the operand.
     operand_sides = {axis: factors.sides[place] for axis, place in zip(free[position], own, strict=True)}
     operand_sides |= dict.fromkeys(mine, side)
     order_of_contracted = sorted(range(len(theirs)), key=lambda k: theirs[k])  # as tensordot leaves them
