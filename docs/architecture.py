@@ -18,7 +18,7 @@ COLUMNS: tuple[tuple[str, str, float, float, str], ...] = (
         "#d9dce1",
         0.0,
         4.4,
-        "_jaxprs _leaves trees _compat _validate _compiled _data _loss sharding _per_batch",
+        "_types _jaxprs _leaves trees _compat _validate _compiled _data _loss sharding _per_batch",
     ),
     ("the engine", "#f6c7a5", 4.6, 6.0, "ghost"),
     (
