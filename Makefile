@@ -26,7 +26,7 @@ test-jax: .venv-lowest/stamp $(if $(PYTHON_NEWEST),.venv-newest/stamp)
 ifneq ($(PYTHON_NEWEST),)
 	PYTHONPATH=. .venv-newest/bin/python -m pytest -m "not slow" $(CORE:%=tests/test_%.py)
 else
-	@echo "No Python 3.13 on the PATH: the core tests did NOT run on the newest JAX; name one with make PYTHON_NEWEST=..."
+	@echo "No Python 3.13 on the PATH or in pyenv: the core tests did NOT run on the newest JAX; name one with make PYTHON_NEWEST=..."
 endif
 
 coverage: .venv/stamp
