@@ -24,11 +24,16 @@ class PerBatch:
     The body is (loss_fn, params, batch, **arguments, **options) → (result, auxiliary values or None). Arguments are
     arrays, converted by `checks`. Options are static. The body's name without its leading underscore is the name of the
     public function. `specs` is (specs of the parameters, the axes that the examples are sharded over, **options) →
-    specs of the pair. They shard the outputs on a mesh with Explicit axes.
+    specs of the pair. They shard the outputs on a mesh with Explicit axes. What is not `jitted` is for the caller's own
+    jitted step: nothing is compiled for a loss, and what the loss captured is read at every call.
     """
 
     def __init__(
-        self, body: Callable[..., Any], specs: Callable[..., Any], checks: Mapping[str, Check] | None = None
+        self,
+        body: Callable[..., Any],
+        specs: Callable[..., Any],
+        checks: Mapping[str, Check] | None = None,
+        jitted: bool = True,
     ) -> None:
         @functools.wraps(body)
         def of_arrays(
@@ -37,14 +42,19 @@ class PerBatch:
             return body(with_state(loss_fn, state), params, batch, **arguments, **dict(options))
 
         self.name = body.__name__.lstrip("_")
-        self.program = Compiled(of_arrays, static=1, taker=self.name)
+        self.program = Compiled(of_arrays, static=1, taker=self.name) if jitted else None
+        self.body = of_arrays
         self.specs, self.checks = specs, checks or {}
 
     def of(self, loss_fn: LossFn, has_aux: bool, **options: Any) -> Callable[..., Any]:
         """The function (params, batch, state, **arguments) → result, or with has_aux (result, auxiliary values)."""
         _validate.function("loss_fn", loss_fn)
-        programs, options = programs_of(loss_fn), options | {"has_aux": has_aux}
-        program = functools.partial(self.program, programs, tuple(sorted(options.items())))
+        options |= {"has_aux": has_aux}
+        static = tuple(sorted(options.items()))
+        if self.program is None:
+            program = functools.partial(self.body, loss_fn, static)
+        else:
+            program = functools.partial(self.program, programs_of(loss_fn), static)
         specs = functools.partial(self.specs, **options)
 
         def of_batch(params: PyTree, batch: PyTree, state: PyTree = None, **arguments: Any) -> Any:

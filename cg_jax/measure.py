@@ -22,6 +22,7 @@ from cg_jax.metrics import Coherence
 from cg_jax.moments import GradMoments
 from cg_jax.sharding import layout_of
 from cg_jax.sharding.explicit_axes import auto_context
+from cg_jax.statistics import METHODS
 from cg_jax.stream import Inputs, Measurement, Setup
 
 NONFINITE = ("raise", "skip", "propagate")
@@ -165,6 +166,8 @@ def measure_coherence(
     batch_size = _validate.at_least("batch_size", batch_size, 1)
     _validate.function("loss_fn", loss_fn)
     params = _validate.parameters(params, shapes=False)
+    _validate.one_of("method", method, METHODS)
+    seed = _validate.at_least("seed", seed, 0)
     options = {"method": (method, "ghost"), "confidence": (confidence, False), "seed": (seed, 0)}
     chosen = estimator_of(estimator, options)
     _validate.one_of("nonfinite", nonfinite, NONFINITE)

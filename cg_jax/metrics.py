@@ -180,7 +180,9 @@ def _coherence(moments: GradMoments) -> Coherence:
     squares = jax.tree.leaves(trees.sq_norms(jax.tree.map(lambda s: s * scale.astype(s.dtype), moments.sum_grads)))
     norms = jax.tree.leaves(moments.sum_sq_norms)
     # The whole and the tensors share one vector. Separate scalars of a deep network take minutes to compile.
-    widest = jnp.result_type(*(leaf.dtype for leaf in (*squares, *norms)), jnp.float32)
+    # Not by promotion, which JAX may be told to refuse.
+    dtypes = [jnp.dtype(jnp.float32), *(leaf.dtype for leaf in (*squares, *norms))]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     squares, norms = (jnp.stack([leaf.astype(widest) for leaf in leaves]) for leaves in (squares, norms))
     squares, norms = (jnp.append(values.sum(), values) for values in (squares, norms))
     ratios = jax.lax.optimization_barrier(_ratios(squares, scale.astype(squares.dtype), norms, count, norms / norms[0]))

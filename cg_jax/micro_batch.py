@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cg_jax import _validate, trees
@@ -34,7 +35,7 @@ def micro_batch_grads(
         has_aux: loss_fn returns (scalar, aux), where aux is any pytree of arrays.
 
     Returns:
-        A jitted function of params, batch (a pytree whose leaves share a leading axis B) and state (as for
+        A function of params, batch (a pytree whose leaves share a leading axis B) and state (as for
         `grad_moments`), which returns gradients like params, [k, *param], with None for integer leaves. With
         has_aux it returns (gradients, aux), as `jax.grad` does. Each leaf of aux has a leading axis B, or k with
         batch_loss.
@@ -71,7 +72,7 @@ def _micro_batch_grads(
 ) -> tuple[PyTree, PyTree]:
     size = jax.tree.leaves(batch)[0].shape[0]
     _validate.divides("k", k, "the batch size B", size)
-    groups = jax.tree.map(lambda leaf: leaf.reshape(k, size // k, *leaf.shape[1:]), batch)
+    groups = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(k, size // k, *leaf.shape[1:]), batch)
     kept, rest = trees.partition(params)
     loss = _mean_loss(loss_fn, rest, batch_loss, has_aux)
     require_dependence_on(lambda kept, group: loss(kept, group)[0], kept, example_of(groups))
@@ -101,4 +102,4 @@ def _specs(params: PyTree, rows: Any, batch_loss: bool, **_: Any) -> tuple[PyTre
     return jax.tree.map(functools.partial(per_example_spec, None), params), PartitionSpec(None if batch_loss else rows)
 
 
-_GRADS = PerBatch(_micro_batch_grads, _specs)
+_GRADS = PerBatch(_micro_batch_grads, _specs, jitted=False)

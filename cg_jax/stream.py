@@ -61,7 +61,9 @@ class Setup:
         sums, of_rows = self.estimator.of_batch(self.problem(loss_fn, inputs), rows, ids)
         is_bad = of_rows.is_bad & (ids >= 0)
         is_spoilt = is_bad.any() & self.guards
-        sums = jax.tree.map(lambda leaf: jnp.where(is_spoilt, jnp.zeros_like(leaf), leaf), sums)
+        # Where no row counts, an estimator may still have computed with one that is not finite.
+        is_dropped = is_spoilt | ~(ids >= 0).any()
+        sums = jax.tree.map(lambda leaf: jnp.where(is_dropped, jnp.zeros_like(leaf), leaf), sums)
         again = jnp.where(is_spoilt & ~is_bad, ids, -1)
         return sums, Flags(jnp.where(is_bad, ids, -1), again, jnp.where(is_bad, -1, of_rows.values))
 

@@ -20,9 +20,10 @@ from .configs import TFDS, Config, described
 from .devices import devices, together, writes
 from .errors import first_line
 from .examples import Data, Examples
+from .methods import EPOCH_UNIT
 from .run_folder import RunFolder
 from .section import Row
-from .train import EPOCH_UNIT, Keys, Recipe, State, trainer
+from .train import Keys, Recipe, State, trainer
 
 
 class Training(NamedTuple):

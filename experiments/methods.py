@@ -9,12 +9,15 @@ import cg_jax as cg
 
 from .line import Line
 
+# Mini-batches; an epoch is a whole number of these, so that all methods see the same examples in it.
+EPOCH_UNIT = 3
+
 
 class Method(NamedTuple):
     """A way to train."""
 
     line: Line
-    groups: int  # mini-batches in one step, each with its own gradient; divides train.EPOCH_UNIT
+    groups: int  # mini-batches in one step, each with its own gradient; divides EPOCH_UNIT
     transform: Callable[[], optax.GradientTransformation]  # of one gradient, or of `groups` stacked ones
     rivals: tuple[str, ...] = ()  # the methods that it is claimed to be better than, its control among them
 
@@ -36,3 +39,13 @@ METHODS: dict[str, Method] = {
     "rm3": Method(Line("RM3, rolling median", "tab:cyan", "-."), 1, cg.rm3, ("sgd", "ra3")),
     "ra3": Method(Line("RA3, rolling mean", "tab:orange", "--"), 1, cg.ra3),
 }
+
+
+def check_method(name: str) -> None:
+    """ValueError where the entry of a method does not fit the others."""
+    method = METHODS[name]
+    if method.groups < 1 or EPOCH_UNIT % method.groups:
+        raise ValueError(f"Expected groups of {name} to divide {EPOCH_UNIT}, got groups={method.groups}.")
+    unknown = [rival for rival in method.rivals if rival not in METHODS]
+    if unknown:
+        raise ValueError(f"Expected rivals of {name} in {(*METHODS,)}, got {unknown}.")

@@ -13,7 +13,7 @@ from .claims import Claim, Result, with_spread
 from .configs import Config, Hidden, MethodNames, described
 from .examples import Examples
 from .experiment import Experiment
-from .methods import METHODS
+from .methods import METHODS, check_method
 from .run_folder import RunFolder
 from .section import Figure, Row, Section, Table, curve, frame
 
@@ -54,6 +54,7 @@ class NoiseConfig(Config):
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"Expected methods in {(*METHODS,)}, got {method}.")
+            check_method(method)
 
     def check_size(self, num_train: int) -> None:
         """ValueError where not one label would be redrawn."""

@@ -3,13 +3,19 @@
 from . import coherence, demo, imagenet, noise
 from .experiment import AnyExperiment
 
-EXPERIMENTS: dict[str, AnyExperiment] = {
-    each.name: each
-    for each in (
-        coherence.EXPERIMENT,
-        noise.EXPERIMENT,
-        demo.EXPERIMENT,
-        imagenet.COHERENCE,
-        imagenet.NOISE,
-    )
-}
+
+def by_name(*experiments: AnyExperiment) -> dict[str, AnyExperiment]:
+    """Experiments by their names; ValueError where one has none, or that of another."""
+    names = [each.name for each in experiments]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"Expected a name of its own for every experiment, got {names}.")
+    return dict(zip(names, experiments, strict=True))
+
+
+EXPERIMENTS = by_name(
+    coherence.EXPERIMENT,
+    noise.EXPERIMENT,
+    demo.EXPERIMENT,
+    imagenet.COHERENCE,
+    imagenet.NOISE,
+)

@@ -13,7 +13,7 @@ import optax
 
 from . import models
 from .devices import devices
-from .methods import METHODS
+from .methods import EPOCH_UNIT, METHODS, check_method
 
 
 class Keys(NamedTuple):
@@ -28,10 +28,6 @@ class Keys(NamedTuple):
     def of(cls, seed: int) -> "Keys":
         """The keys of a seed."""
         return cls(*jax.random.split(jax.random.key(seed), 4))
-
-
-# Every method takes a whole number of steps in an epoch and sees the same examples.
-EPOCH_UNIT = 3
 
 
 class State(NamedTuple):
@@ -64,9 +60,8 @@ class Trainer(NamedTuple):
 @functools.cache
 def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) -> Trainer:
     """The trainer of a method, compiled once for all seeds."""
+    check_method(method)
     groups = METHODS[method].groups
-    if EPOCH_UNIT % groups:
-        raise ValueError(f"Expected groups of {method} to divide {EPOCH_UNIT}, got groups={groups}.")
     rows_per_step = groups * recipe.batch_size
     per_epoch = steps_per_epoch(num_examples, rows_per_step, recipe.batch_size)
     drops = {per_epoch * epoch: 0.1 for epoch in recipe.decay_at}

@@ -66,8 +66,32 @@ def test_options_are_checked(make, message):
 
 
 def test_what_is_no_estimator_is_not_registered():
-    with pytest.raises(TypeError, match="Expected estimator to be a subclass of Estimator"):
-        cg.register_estimator("mine", lambda: None)
+    for other in (lambda: None, cg.Estimator, "exact"):
+        with pytest.raises(TypeError, match="Expected estimator to be a subclass of Estimator"):
+            cg.register_estimator("mine", other)
+    with pytest.raises(TypeError, match="Expected name to be a string"):
+        cg.register_estimator(3, cg.Exact)
+    with pytest.raises(TypeError, match=r"Expected a default of every field of Required, got none of \['k'\]"):
+        cg.register_estimator("mine", Required)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Required(cg.Exact):
+    k: int
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "bogus"}, r"Expected method in .*, got method='bogus'"),
+        ({"seed": -1}, r"Expected seed >= 0, got seed=-1"),
+        ({"seed": 1.5}, r"Expected seed to be a whole number >= 0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["exact", "signs", "batch"])
+def test_options_are_checked_whatever_the_estimator(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        cg.measure_coherence(loss_fn, W, X, batch_size=4, estimator=name, **options)
 
 
 @dataclasses.dataclass(frozen=True)

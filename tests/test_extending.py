@@ -79,6 +79,21 @@ def test_an_estimator(devices):
     np.testing.assert_allclose([got.alpha, got.alpha_unbiased], [want["alpha"], want["alpha_unbiased"]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [None, 8])
+def test_an_estimator_skips_a_shard_or_a_batch_that_is_not_finite(devices):
+    _names("Add an estimator")
+    mesh = None if devices is None else jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    spoilt = X.copy()
+    spoilt[3] = np.nan
+    got = cg.measure_coherence(
+        _loss, W, spoilt, batch_size=devices or 1, estimator="directions", mesh=mesh, nonfinite="skip"
+    )
+    grads = _grads(_loss, W, np.delete(X, 3, 0))
+    want = oracle.ratios(grads / np.linalg.norm(grads, axis=1, keepdims=True))
+    assert (int(got.count), int(got.num_skipped)) == (len(X) - 1, 1)
+    np.testing.assert_allclose(got.alpha, want["alpha"], rtol=1e-5)
+
+
 def test_a_statistic():
     got, aux = _names("Add a statistic of single examples")["cosines"](
         lambda w, x, state: (_loss(w, x) * state, x[1]), has_aux=True
@@ -119,10 +134,11 @@ def _entry(title, names):
 
 def test_entries_of_the_experiments():
     (method,) = _entry("Add a method", vars(methods)).values()
-    stacked = jnp.asarray(X[: method.groups])
+    grad = 3 * jnp.asarray(X[0])
     transform = method.transform()
-    got, _ = transform.update(stacked, transform.init(stacked[0]))
-    np.testing.assert_allclose(got, cg.winsorized_mean(1)(stacked))
+    got, _ = transform.update(grad, transform.init(grad))
+    np.testing.assert_allclose(got, grad / max(1, np.linalg.norm(grad)), rtol=1e-6)
+    assert methods.EPOCH_UNIT % method.groups == 0
     assert set(method.rivals) <= set(methods.METHODS)
     (entry,) = _entry("Add a data set", vars(data) | {"Line": line.Line, "_two_moons": lambda: "moons"}).values()
     assert isinstance(entry, data.DatasetEntry)

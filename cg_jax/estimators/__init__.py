@@ -1,6 +1,7 @@
 """Estimators of coherence, by name. Each one is one file."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ __all__ = ["Batch", "Estimator", "Exact", "OfRows", "Problem", "Signs", "estimat
 
 E = TypeVar("E", bound=type[Estimator])
 
+_MISSING = {dataclasses.MISSING}
 _BY_NAME: dict[str, type[Estimator]] = {}
 
 
@@ -30,8 +32,17 @@ def register_estimator(name: str, estimator: E) -> E:
     Raises:
         TypeError: estimator is not a subclass of `Estimator`.
     """
-    if not (isinstance(estimator, type) and issubclass(estimator, Estimator)):
-        raise TypeError(f"Expected estimator to be a subclass of Estimator, got {_validate.shown('it', estimator)}.")
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"Expected name to be a string that is not empty, got {_validate.shown('name', name)}.")
+    if not (isinstance(estimator, type) and issubclass(estimator, Estimator)) or inspect.isabstract(estimator):
+        raise TypeError(
+            f"Expected estimator to be a subclass of Estimator with its methods, got "
+            f"{_validate.shown('estimator', estimator)}."
+        )
+    options = [field for field in dataclasses.fields(estimator) if field.init]
+    required = [field.name for field in options if {field.default, field.default_factory} == _MISSING]
+    if required:
+        raise TypeError(f"Expected a default of every field of {estimator.__name__}, got none of {required}.")
     _BY_NAME[name] = estimator
     return estimator
 
@@ -62,7 +73,7 @@ def estimator_of(estimator: str | Estimator, options: Mapping[str, tuple[Any, An
     fields = {field.name for field in dataclasses.fields(_BY_NAME[estimator])}
     if "confidence" in changed and "confidence" not in fields:
         raise ValueError(
-            f"Expected estimator='exact' with confidence=True, got estimator={estimator!r}, whose alpha_stderr, "
-            "that of the estimate, is always given."
+            f"Expected estimator='exact' with confidence=True, got estimator={estimator!r}, which has no such option; "
+            "'signs' and 'batch' always give alpha_stderr."
         )
     return _BY_NAME[estimator](**{name: value for name, (value, _) in options.items() if name in fields})

@@ -37,7 +37,10 @@ class Product(NamedTuple):
             occurs once in the result.
         dims: (N, T, D, P).
         precision: The precision of the products, as in `jax.lax.dot_general`.
-        rearranges, of_batch, keeps_entries, sides, d_axes, scale, is_shared: For the built-in rules only.
+        sides: One letter for each axis of the operand, "N", "D" or "P", if the axes of N, D and P are axes of the
+            operand, each in its order: "DP" for W [D, P]. Without it the rule holds for a parameter that is used as it
+            is or rearranged; with it also for one that is scaled, masked, or used several times.
+        rearranges, of_batch, keeps_entries, d_axes, scale, is_shared: For the built-in rules only.
 
     Examples:
         The rule of a vector times a matrix, x [D] and W [D, P] (cg_jax already has one):
@@ -49,7 +52,7 @@ class Product(NamedTuple):
         ...         return None
         ...     def factors(x, cotangent):
         ...         return x[None, None], cotangent[None, None]
-        ...     return cg.Product(factors, lambda g: g[0], dims=(1, 1, *w))
+        ...     return cg.Product(factors, lambda g: g[0], dims=(1, 1, *w), sides="DP")
         >>> with cg.register_rule("dot_general", times):
         ...     cg.per_example_sq_norms(lambda w, x: (x @ w).sum())(jnp.zeros((2, 3)), jnp.array([[3.0, 4.0]]))
         Array([75.], dtype=float32)

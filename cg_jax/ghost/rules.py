@@ -145,18 +145,27 @@ def rule_for(eqn: Any, view: int) -> Rule | None:
         raise TypeError(
             f"Expected the rule of {eqn.primitive.name} to give a Product, a Norm or None, got {type(rule).__name__}."
         )
-    if isinstance(rule, Product) and eqn.primitive.name in _REGISTERED:
-        _check_shapes(eqn, view, rule)
+    others = [i for i in range(len(eqn.invars)) if i != view]
+    if isinstance(rule, Product) and len(others) == 1:
+        check_shapes(eqn, view, rule, others[0])
     return rule
 
 
-def _check_shapes(eqn: Any, view: int, rule: Product) -> None:
-    """ValueError if the product of a registered rule does not have the shapes given by its dims."""
-    shape, others = eqn.invars[view].aval.shape, [atom.aval for i, atom in enumerate(eqn.invars) if i != view]
-    if len(others) != 1 or len(eqn.outvars) != 1:
+def check_shapes(eqn: Any, view: int, rule: Product, position: int) -> None:
+    """ValueError if the product of a registered rule does not have the shapes given by its dims.
+
+    `position` is that of the operand that depends on the example.
+    """
+    if eqn.primitive.name not in _REGISTERED or len(eqn.outvars) != 1:
         return
-    n, t, d, p = rule.dims
-    a, b = jax.eval_shape(rule.factors, others[0], eqn.outvars[0].aval)
+    shape = eqn.invars[view].aval.shape
+    factors = jax.eval_shape(rule.factors, eqn.invars[position].aval, eqn.outvars[0].aval)
+    if len(rule.dims) != 4 or not isinstance(factors, tuple) or len(factors) != 2:
+        raise ValueError(
+            f"Expected the rule of {eqn.primitive.name} to give a Product with dims (N, T, D, P) and a pair of "
+            f"factors, got dims={rule.dims} and factors {jax.tree.map(lambda leaf: leaf.shape, factors)}."
+        )
+    (n, t, d, p), (a, b) = rule.dims, factors
     gradient = jax.eval_shape(rule.to_view, jax.ShapeDtypeStruct((n, d, p), a.dtype))
     got, want = (a.shape, b.shape, gradient.shape), ((n, t, d), (n, t, p), shape)
     if got != want or n * d * p != math.prod(shape):

@@ -17,7 +17,7 @@ from cg_jax.ghost.evaluation import evaluated, is_var, read_all
 from cg_jax.ghost.factors import Factors, NotSeparableError
 from cg_jax.ghost.primitives import Read, Static, Step
 from cg_jax.ghost.product import Product, joined_positions, lift
-from cg_jax.ghost.rules import rule_for
+from cg_jax.ghost.rules import check_shapes, rule_for
 from cg_jax.ghost.views import is_isometric, path_to, undo
 
 # A use and the position of its operand that is a view of a parameter.
@@ -67,6 +67,7 @@ def product_of(
     base, aval = rule_for(use.site.eqn, position), program.parameters[parameter].aval
     if not isinstance(base, Product) or len(use.site.dynamic) != 1 or len(use.site.eqn.outvars) != 1:
         return None
+    check_shapes(use.site.eqn, position, base, use.site.dynamic[0])
     if path.is_isometric and alone:
         if not path.outer and not path.inner and path.length is None:
             return base
