@@ -1,0 +1,82 @@
+"""What tests of several files share: meshes, closeness, a small model, the memory and the number of programs."""
+
+import contextlib
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+# JAX records it once for each program, also where the persistent cache has it.
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def compilations(function=None):
+    """The names of the functions that are compiled in the block, one for each program; only those of `function`."""
+    names = []
+
+    def listen(event, duration, *, fun_name="", **_):
+        if event == _COMPILED and function in (None, fun_name.removeprefix("jit(").removesuffix(")")):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def memory(function, *arguments, donate=()):
+    """The memory of a function that is compiled for arguments, or for their shapes."""
+    return jax.jit(function, donate_argnums=donate).lower(*arguments).compile().memory_analysis()
+
+
+def temporary_bytes(function, *arguments, donate=()):
+    return memory(function, *arguments, donate=donate).temp_size_in_bytes
+
+
+def mesh(*shape, names=("data", "model"), kind=AxisType.Auto):
+    """A mesh of the first devices."""
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names[: len(shape)], axis_types=(kind,) * len(shape), devices=devices)
+
+
+def mesh_or_none(n):
+    """A mesh of n devices along the data axis, or None where n is."""
+    return None if n is None else mesh(n)
+
+
+trees_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
+
+
+def close_to_scale(got, want, tolerance, scales=None, least=0.0):
+    """Each array within tolerance · its scale, by default its largest entry, and no less than least · the largest."""
+    scales = np.array(scales or [np.abs(b).max(initial=0) for b in want])
+    for a, b, scale in zip(got, want, np.maximum(scales, least * scales.max(initial=0)), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * scale)
+
+
+def same_coherence(got, want, rtol=1e-5):
+    """Two records of a measurement agree, in all and tensor by tensor."""
+    for field in ("loss", "mean_grad_norm", "m_coherence", "count", "num_skipped", "alpha_stderr"):
+        np.testing.assert_allclose(getattr(got, field), getattr(want, field), rtol=rtol, err_msg=field)
+    assert got.per_tensor.keys() == want.per_tensor.keys()
+    for name, ratios in got.per_tensor.items():
+        np.testing.assert_allclose(ratios.alpha, want.per_tensor[name].alpha, rtol=rtol, err_msg=name)
+        np.testing.assert_allclose(ratios.share, want.per_tensor[name].share, rtol=rtol, err_msg=name)
+
+
+def mlp_params(inputs, hidden, outputs, seed=0):
+    """The parameters of `mlp_loss`."""
+    rng = np.random.default_rng(seed)
+    shapes = {"w1": (inputs, hidden), "b1": (hidden,), "w2": (hidden, outputs), "b2": (outputs,)}
+    return {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def mlp_loss(params, example):
+    """The cross-entropy of one example, by a network with one hidden layer."""
+    x, label = example
+    return -jax.nn.log_softmax(jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"])[label]
