@@ -38,8 +38,9 @@ def temporary_bytes(function, *arguments, donate=()):
     return memory(function, *arguments, donate=donate).temp_size_in_bytes
 
 
-def mesh(*shape, names=("data", "model"), kind=AxisType.Auto):
+def mesh(size, *sizes, names=("data", "model"), kind=AxisType.Auto):
     """A mesh of the first devices."""
+    shape = (size, *sizes)
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, names[: len(shape)], axis_types=(kind,) * len(shape), devices=devices)
 
