@@ -38,16 +38,11 @@ def temporary_bytes(function, *arguments, donate=()):
     return memory(function, *arguments, donate=donate).temp_size_in_bytes
 
 
-def mesh(size, *sizes, names=("data", "model"), kind=AxisType.Auto):
+def mesh_of(size, *sizes, names=("data", "model"), kind=AxisType.Auto):
     """A mesh of the first devices."""
     shape = (size, *sizes)
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, names[: len(shape)], axis_types=(kind,) * len(shape), devices=devices)
-
-
-def mesh_or_none(n):
-    """A mesh of n devices along the data axis, or None where n is."""
-    return None if n is None else mesh(n)
 
 
 trees_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import mesh
+from helpers import mesh_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,14 +25,14 @@ def of_batch(loss):
 
 def explicit(f):
     """f(params, batch) on a mesh with Explicit axes."""
-    there = mesh(8, kind=AxisType.Explicit)
+    there = mesh_of(8, kind=AxisType.Explicit)
     with jax.set_mesh(there):
         return f(jax.device_put(W, NamedSharding(there, P())), jax.device_put(X, NamedSharding(there, P("data"))))
 
 
 def in_shard_map(f):
     """f(params, rows) of each device's own rows."""
-    return jax.jit(jax.shard_map(f, mesh=mesh(8), in_specs=(P(), P("data")), out_specs=P("data")))(W, X)
+    return jax.jit(jax.shard_map(f, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P("data")))(W, X)
 
 
 # (loss, options of the call); "batch" takes a mean loss.
@@ -46,7 +46,7 @@ TAKERS = {
     "confidence": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=4, confidence=True, **k),
     "signs": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=4, estimator="signs", **k),
     "batch": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=2, estimator="batch", **k),
-    "mesh": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=8, mesh=mesh(8), confidence=True, **k),
+    "mesh": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=8, mesh=mesh_of(8), confidence=True, **k),
     "explain": lambda f, **k: cg.explain(f, W, X[0], **k),
 }
 

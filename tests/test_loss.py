@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import compilations, mesh, trees_close
+from helpers import compilations, mesh_of, trees_close
 from takers import MASK, TAKERS, W, X, explicit, in_shard_map, loss_fn, of_batch, suited
 
 import cg_jax as cg
@@ -257,7 +257,7 @@ def test_auxiliary_values_of_masked_rows_are_zero(method):
 
 @pytest.mark.parametrize("more", [{"confidence": True}, {"estimator": "signs"}])
 def test_a_measurement_drops_auxiliary_values(more):
-    for where in (None, mesh(8)):
+    for where in (None, mesh_of(8)):
         got, want = (
             cg.measure_coherence(f, W, X, batch_size=8, mesh=where, has_aux=has_aux, **more)
             for f, has_aux in ((with_aux, True), (loss_fn, False))

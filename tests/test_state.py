@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import compilations, mesh, trees_close
+from helpers import compilations, mesh_of, trees_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from takers import TAKERS, W, X, loss_fn, suited
@@ -46,7 +46,7 @@ def test_state_is_the_third_argument_and_new_values_compile_nothing(name):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_state_lies_on_the_mesh_as_it_did(kind):
-    where = mesh(4, 2, kind=kind)
+    where = mesh_of(4, 2, kind=kind)
     state = _state(1)
     placed = state | {"mean": jax.device_put(state["mean"], NamedSharding(where, P("model")))}
     want = cg.measure_coherence(with_state, W, X, batch_size=8, state=state, confidence=True)
@@ -76,7 +76,7 @@ def test_a_state_of_each_device_makes_gradients_its_own():
     want = np.outer(scales, cg.grad_moments(loss_fn)(W, X).sum_grads)
     for closed in (False, True):
         f = functools.partial(each, closed)
-        over = jax.shard_map(f, mesh=mesh(8), in_specs=(P(), P(), P("data")), out_specs=P("data"))
+        over = jax.shard_map(f, mesh=mesh_of(8), in_specs=(P(), P(), P("data")), out_specs=P("data"))
         for got in jax.jit(over)(W, X, scales):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
