@@ -221,12 +221,8 @@ def test_the_axis_of_the_examples_is_named_or_plain():
     with pytest.raises(ValueError, match=r"Expected data_axis in \('replica', 'model'\).* got data_axis='data'"):
         cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, mesh=mesh, data_axis="data")
     want = cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16)
-    same_coherence(
-        cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, mesh=mesh, data_axis="replica"), want
-    )
-    same_coherence(
-        cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, mesh=mesh_of(8, names=("any",))), want
-    )
+    for options in ({"mesh": mesh, "data_axis": "replica"}, {"mesh": mesh_of(8, names=("any",))}):
+        same_coherence(cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, **options), want)
 
 
 @pytest.mark.parametrize(
