@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mesh_of
 from jax import lax
 
 import cg_jax as cg
@@ -72,7 +73,7 @@ def test_moments_are_added_by_merging():
 
 
 def test_a_sharded_batch_is_not_gathered_under_jit():
-    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    mesh = mesh_of(4)
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
     def loss_fn(p, x):
