@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -241,7 +242,7 @@ def test_auxiliary_values_come_back_by_example(name):
     trees_close(got, take(loss_fn))
     assert jax.tree.structure(aux) == jax.tree.structure(_aux())
     close = {"rtol": 2e-2} if "reverse" in name else {"rtol": 1e-5}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), aux, _aux())
+    chex.assert_trees_all_close(aux, _aux(), **close)
     if "Explicit" in name:
         assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(aux)} == {"data"}
 

@@ -1,5 +1,6 @@
 """Numbers that leave the range of a dtype on the way, where the result fits; and arrays without an entry."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,4 +89,4 @@ def test_a_sharded_batch_is_not_gathered_under_jit():
     assert " while(" in text  # the examples of a device are taken in chunks
     assert not any(each in text for each in ("all-gather(", "all-to-all(", "collective-permute("))
     got, want = compiled(params, jax.device_put(x, spread)), cg.grad_moments(loss_fn)(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got, want)
+    chex.assert_trees_all_close(got, want, rtol=2e-5)
