@@ -25,7 +25,8 @@ def test_a_program_is_counted_once_wherever_it_comes_from(seconds):
             return x * x + seconds  # another program for each fixture
 
         with compilations() as names:
-            squared(x), squared(x)
+            squared(x)
+            squared(x)
         assert names == ["jit(squared)"]
         with compilations() as names:
             squared(x)
