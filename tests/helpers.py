@@ -1,4 +1,4 @@
-"""What tests of several files share: meshes, closeness, a small model, the memory and the number of programs."""
+"""Helpers of several test files: meshes, closeness, a small model, and the memory and number of compiled programs."""
 
 import contextlib
 import functools
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-# JAX records it once for each program, also where the persistent cache has it.
+# JAX records it once for each program, also for those that it reads from the persistent cache.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @contextlib.contextmanager
 def compilations(function=None):
-    """The names of the functions that are compiled in the block, one for each program; only those of `function`."""
+    """The names of the programs that are compiled inside the block; with `function`, only those of that function."""
     names = []
 
     def listen(event, duration, *, fun_name="", **_):
@@ -30,7 +30,7 @@ def compilations(function=None):
 
 
 def memory(function, *arguments, donate=()):
-    """The memory of a function that is compiled for arguments, or for their shapes."""
+    """What a function compiled for these arguments, or their shapes, uses in memory."""
     return jax.jit(function, donate_argnums=donate).lower(*arguments).compile().memory_analysis()
 
 
@@ -49,14 +49,17 @@ trees_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-
 
 
 def close_to_scale(got, want, tolerance, scales=None, least=0.0):
-    """Each array within tolerance · its scale, by default its largest entry, and no less than least · the largest."""
-    scales = np.array(scales or [np.abs(b).max(initial=0) for b in want])
+    """Assert that each array is within tolerance · its scale.
+
+    A scale is the largest entry of the array unless given, and at least `least` of the largest scale.
+    """
+    scales = np.array(scales or [np.abs(b).max(initial=0) for b in want], np.float64)
     for a, b, scale in zip(got, want, np.maximum(scales, least * scales.max(initial=0)), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * scale)
 
 
 def same_coherence(got, want, rtol=1e-5):
-    """Two records of a measurement agree, in all and tensor by tensor."""
+    """Assert that two records of a measurement agree, as a whole and by tensor."""
     for field in ("loss", "mean_grad_norm", "m_coherence", "count", "num_skipped", "alpha_stderr"):
         np.testing.assert_allclose(getattr(got, field), getattr(want, field), rtol=rtol, err_msg=field)
     assert got.per_tensor.keys() == want.per_tensor.keys()
