@@ -25,10 +25,6 @@ PARAMS = mlp_params(20, 32, 8)
 SIZE = sum(p.nbytes for p in PARAMS.values())
 
 
-def _in_batches(data, size):
-    return [jax.tree.map(lambda leaf, s=s: leaf[s : s + size], data) for s in range(0, len(data[1]), size)]
-
-
 def _kinds(data, mesh):
     """The same data on the host, on one device, divided over the mesh where it divides, and as batches."""
     divides = len(data[1]) % mesh.shape["data"] == 0
@@ -37,7 +33,7 @@ def _kinds(data, mesh):
         "host": data,
         "one device": jax.tree.map(jnp.asarray, data),
         "mesh": jax.device_put(data, there),
-        "batches": _in_batches(data, 11),
+        "batches": [jax.tree.map(lambda leaf, s=s: leaf[s : s + 11], data) for s in range(0, len(data[1]), 11)],
     }
 
 
