@@ -1,15 +1,13 @@
 """Every function that takes a loss, by every way through it."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import mesh_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
-from cg_jax import per_example, statistics, stream
 
 W = jnp.arange(1.0, 5.0)
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
@@ -25,34 +23,16 @@ def of_batch(loss):
     return lambda w, batch, *more: jax.vmap(lambda x: loss(w, x, *more))(batch).mean()
 
 
-@functools.cache
-def mesh(kind=AxisType.Auto):
-    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
-
-
 def explicit(f):
     """f(params, batch) on a mesh with Explicit axes."""
-    kind = mesh(AxisType.Explicit)
-    with jax.set_mesh(kind):
-        return f(jax.device_put(W, NamedSharding(kind, P())), jax.device_put(X, NamedSharding(kind, P("data"))))
+    there = mesh_of(8, kind=AxisType.Explicit)
+    with jax.set_mesh(there):
+        return f(jax.device_put(W, NamedSharding(there, P())), jax.device_put(X, NamedSharding(there, P("data"))))
 
 
 def in_shard_map(f):
     """f(params, rows) of each device's own rows."""
-    return jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data")))(W, X)
-
-
-def same(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
-
-
-def programs():
-    """How many programs of a loss were compiled so far."""
-    compiled = (
-        each.program
-        for each in (statistics._MOMENTS, statistics._SQ_NORMS, per_example._GRADS, per_example._ALIGNMENTS)
-    )
-    return sum(each._cache_size() for each in (*compiled, stream.step, stream.zeros, stream.revisit))
+    return jax.jit(jax.shard_map(f, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P("data")))(W, X)
 
 
 # (loss, options of the call); "batch" takes a mean loss.
@@ -66,7 +46,7 @@ TAKERS = {
     "confidence": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=4, confidence=True, **k),
     "signs": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=4, estimator="signs", **k),
     "batch": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=2, estimator="batch", **k),
-    "mesh": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=8, mesh=mesh(), confidence=True, **k),
+    "mesh": lambda f, **k: cg.measure_coherence(f, W, X, batch_size=8, mesh=mesh_of(8), confidence=True, **k),
     "explain": lambda f, **k: cg.explain(f, W, X[0], **k),
 }
 

@@ -1,11 +1,13 @@
 """The optax transformations against plain loops over NumPy arrays."""
 
+import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import memory, trees_close
 from optax.experimental import aggregating
 
 import cg_jax as cg
@@ -71,7 +73,7 @@ def test_consecutive_takes_a_step_at_every_kth_call(k, name):
         updates, state = update(gradient, state)
         if (i + 1) % k:
             assert _zero(updates)
-            jax.tree.map(np.testing.assert_array_equal, state.inner_state, before)
+            chex.assert_trees_all_equal(state.inner_state, before)
         else:
             aggregate = _rule_of(reduce, gradients[i + 1 - k : i + 1])
             want, inner_state = inner.update(aggregate, inner_state)
@@ -89,29 +91,19 @@ def test_rolling_is_the_rule_over_the_last_k_and_passes_through_before(k, name):
     for i, gradient in enumerate(gradients):
         updates, state = update(gradient, state)
         if i + 1 < k:
-            jax.tree.map(np.testing.assert_array_equal, updates, gradient)
+            chex.assert_trees_all_equal(updates, gradient)
         else:
             _close(updates, _over(reduce, gradients[i + 1 - k : i + 1]))
-
-
-def _temporary_bytes(transform, params):
-    """(bytes of temporaries, bytes aliased) of one jitted update whose state is donated."""
-    state = jax.eval_shape(transform.init, params)
-    program = jax.jit(transform.update, donate_argnums=1).lower(params, state).compile()
-    found = program.memory_analysis()
-    return found.temp_size_in_bytes, found.alias_size_in_bytes
 
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_the_state_is_written_in_place(k):
     params = {"a": jax.ShapeDtypeStruct((1 << 20,), jnp.float32), "b": jax.ShapeDtypeStruct((1 << 10,), jnp.float32)}
     size = 4 * ((1 << 20) + (1 << 10))
-    temporary, aliased = _temporary_bytes(cg.rolling(cg.median(), k), params)
-    assert aliased >= (k - 1) * size
-    assert temporary < size / 50
-    temporary, aliased = _temporary_bytes(cg.consecutive(cg.median(), k, optax.sgd(0.1)), params)
-    assert aliased >= (k - 1) * size
-    assert temporary < size / 50
+    for transform in (cg.rolling(cg.median(), k), cg.consecutive(cg.median(), k, optax.sgd(0.1))):
+        used = memory(transform.update, params, jax.eval_shape(transform.init, params), donate=1)
+        assert used.alias_size_in_bytes >= (k - 1) * size
+        assert used.temp_size_in_bytes < size / 50
 
 
 @pytest.mark.parametrize("batch_size", [50, 512])
@@ -124,15 +116,14 @@ def test_a_training_step_writes_over_its_two_slots_and_needs_little_more_memory_
     def loss(p, x):
         return jnp.mean(jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"])
 
-    def memory(optimizer):
+    def of_step(optimizer):
         def step(params, state, x):
             updates, state = optimizer.update(jax.grad(loss)(params, x), state, params)
             return optax.apply_updates(params, updates), state
 
-        state = jax.eval_shape(optimizer.init, params)
-        return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, x).compile().memory_analysis()
+        return memory(step, params, jax.eval_shape(optimizer.init, params), x, donate=(0, 1))
 
-    sgd, rm3 = memory(optax.sgd(0.1)), memory(optax.chain(cg.rm3(), optax.sgd(0.1)))
+    sgd, rm3 = of_step(optax.sgd(0.1)), of_step(optax.chain(cg.rm3(), optax.sgd(0.1)))
     assert rm3.alias_size_in_bytes >= 3 * size  # the parameters and two slots
     assert rm3.temp_size_in_bytes <= sgd.temp_size_in_bytes + 2 * size
 
@@ -157,7 +148,7 @@ def test_the_papers_names():
         for gradient in gradients:
             (a, first), (b, second) = named.update(gradient, states[0]), plain.update(gradient, states[1])
             states = first, second
-            jax.tree.map(np.testing.assert_array_equal, a, b)
+            chex.assert_trees_all_equal(a, b)
 
 
 SOURCES = {
@@ -272,4 +263,4 @@ def test_micro_batch_grads_are_means_over_consecutive_rows(k):
     got = jax.jit(cg.micro_batch_grads(loss_fn, k))(params, batch)
     every = cg.per_example_grads(loss_fn)(params, batch)
     want = jax.tree.map(lambda g: np.asarray(g).reshape(k, 12 // k, *g.shape[1:]).mean(1), every)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    trees_close(got, want)

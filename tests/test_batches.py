@@ -1,13 +1,11 @@
 """The shapes of batches: of one size where that is no waste, and of few sizes where it is."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from helpers import compilations, mesh_of
 
 import cg_jax as cg
-from cg_jax import stream
 from cg_jax.batches import batches_of
 from cg_jax.sharding import OnMesh, SingleDevice
 
@@ -29,8 +27,7 @@ def _shapes(data, batch_size, layout=ONE, whole=False):
 
 @pytest.fixture(scope="module")
 def layout():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    return OnMesh.of(mesh, None, jnp.zeros(3))
+    return OnMesh.of(mesh_of(8), None, jnp.zeros(3))
 
 
 @pytest.mark.parametrize("put", [np.asarray, jnp.asarray])
@@ -64,11 +61,10 @@ def loss_fn(w, x):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_batch_sizes_above_the_number_of_examples_are_one_program(sharded, layout):
     mesh = layout.mesh if sharded else None
-    w, before = jnp.ones(3), stream.step._cache_size()
-    found = [
-        cg.measure_coherence(loss_fn, w, X, batch_size=size, mesh=mesh) for size in (50, 56, 500_000, MANY, 10**30)
-    ]
-    assert stream.step._cache_size() - before == 1
+    w, sizes = jnp.ones(3), (50, 56, 500_000, MANY, 10**30)
+    with compilations("step") as names:
+        found = [cg.measure_coherence(loss_fn, w, X, batch_size=size, mesh=mesh) for size in sizes]
+    assert len(names) == 1
     assert len({float(result.alpha) for result in found}) == 1
     assert [int(result.count) for result in found] == [50] * 5
     want = cg.coherence(cg.grad_moments(loss_fn)(w, X))
@@ -77,11 +73,13 @@ def test_batch_sizes_above_the_number_of_examples_are_one_program(sharded, layou
 
 def test_an_iterable_compiles_few_sizes():
     loss = lambda w, x: (w @ x) ** 2  # noqa: E731
-    w, before = jnp.ones(3), stream.step._cache_size()
-    found = cg.measure_coherence(loss, w, iter(_cuts(range(1, 10))), batch_size=MANY)  # compiles 1, 2, 4, 8, 16 rows
-    assert stream.step._cache_size() - before == 5
-    again = cg.measure_coherence(loss, w, iter(_cuts([4] * 8)), batch_size=MANY)
-    assert stream.step._cache_size() - before == 5
+    w = jnp.ones(3)
+    with compilations("step") as names:
+        found = cg.measure_coherence(loss, w, iter(_cuts(range(1, 10))), batch_size=MANY)
+    assert len(names) == 5  # for 1, 2, 4, 8 and 16 rows
+    with compilations("step") as names:
+        again = cg.measure_coherence(loss, w, iter(_cuts([4] * 8)), batch_size=MANY)
+    assert not names
     for got, m in ((found, 45), (again, 32)):
         want = cg.coherence(cg.grad_moments(loss)(w, X[:m]))
         np.testing.assert_allclose(got.alpha, want.alpha, rtol=1e-5)

@@ -1,5 +1,6 @@
 """The wrapper that finds silent changes of shape."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,7 @@ def test_what_is_right_passes_unchanged(name):
         want, plain = transform.update(grads, states[0], PARAMS)
         got, state = jax.jit(checked.update)(grads, states[1], PARAMS)
         states = plain, state
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-6)
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 

@@ -1,26 +1,20 @@
 """A rule across devices: the bits of gathering everything, the traffic of an all-reduce."""
 
-import functools
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import mesh_of, trees_close
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
 from benchmarks import programs
 
+GROUPS = mesh_of(4, 2, names=("data", "inner"))
 HOW = ["checked", "unchecked", "pmap"]
 RULES = {"median": cg.median(), "mean": cg.mean(), "trimmed_mean": cg.trimmed_mean(1)}
-
-
-def _mesh(*shape, names=("data", "inner")):
-    number = int(np.prod(shape))
-    kinds = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, names[: len(shape)], axis_types=kinds, devices=jax.devices()[:number])
 
 
 def _grads(n, *leading):
@@ -43,13 +37,8 @@ def _mapped(transform, how, n):
     def local(grads):
         return one(jax.tree.map(lambda leaf: leaf[0], grads))
 
-    mapped = jax.shard_map(local, mesh=_mesh(n), in_specs=P("data"), out_specs=P(), check_vma=how == "checked")
+    mapped = jax.shard_map(local, mesh=mesh_of(n), in_specs=P("data"), out_specs=P(), check_vma=how == "checked")
     return jax.jit(mapped)
-
-
-def _equal(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -57,7 +46,8 @@ def _equal(got, want):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_result_is_bit_for_bit_the_rule_of_all_gradients(rule, n, how):
     rule, grads = RULES[rule], _grads(n)
-    _equal(_mapped(cg.across_devices(rule, "data"), how, n)(grads), jax.jit(cg.stacked(rule).update)(grads, None)[0])
+    want = jax.jit(cg.stacked(rule).update)(grads, None)[0]
+    chex.assert_trees_all_equal(_mapped(cg.across_devices(rule, "data"), how, n)(grads), want)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -66,7 +56,7 @@ def test_micro_batches_on_every_device_are_one_set(how):
     grads = _grads(n, k)
     together = jax.tree.map(lambda leaf: leaf.reshape(n * k, *leaf.shape[2:]), grads)
     want = jax.jit(cg.stacked(cg.median()).update)(together, None)[0]
-    _equal(_mapped(cg.across_devices(cg.median(), "data", stacked=True), how, n)(grads), want)
+    chex.assert_trees_all_equal(_mapped(cg.across_devices(cg.median(), "data", stacked=True), how, n)(grads), want)
 
 
 def test_the_papers_m3_is_the_median_of_three_means_over_devices():
@@ -78,7 +68,7 @@ def test_the_papers_m3_is_the_median_of_three_means_over_devices():
         grads = jax.lax.pmean(jax.tree.map(lambda leaf: leaf[0], grads), "data")
         return transform.update(grads, transform.init(None))[0]
 
-    got = jax.jit(jax.shard_map(local, mesh=_mesh(n), in_specs=P("data"), out_specs=P()))(grads)
+    got = jax.jit(jax.shard_map(local, mesh=mesh_of(n), in_specs=P("data"), out_specs=P()))(grads)
     want = np.median(np.asarray(grads["w"], np.float64).mean(0), axis=0)
     np.testing.assert_allclose(got["w"], want, rtol=1e-5, atol=1e-6)
 
@@ -91,7 +81,7 @@ def test_groups_of_devices_average_inside_and_take_the_median_across():
         grads = jax.lax.pmean(jax.tree.map(lambda leaf: leaf[0], grads), "inner")
         return transform.update(grads, transform.init(None))[0]
 
-    got = jax.jit(jax.shard_map(local, mesh=_mesh(4, 2), in_specs=P(("data", "inner")), out_specs=P()))(grads)
+    got = jax.jit(jax.shard_map(local, mesh=GROUPS, in_specs=P(("data", "inner")), out_specs=P()))(grads)
     want = np.median(np.asarray(grads["w"], np.float64).reshape(4, 2, 7, 5).mean(1), axis=0)
     np.testing.assert_allclose(got["w"], want, rtol=1e-5, atol=1e-6)
 
@@ -103,8 +93,8 @@ def test_two_axes_together_are_one():
     def local(grads):
         return transform.update(jax.tree.map(lambda leaf: leaf[0], grads), transform.init(None))[0]
 
-    got = jax.jit(jax.shard_map(local, mesh=_mesh(4, 2), in_specs=P(("data", "inner")), out_specs=P()))(grads)
-    _equal(got, jax.jit(cg.stacked(cg.median()).update)(grads, None)[0])
+    got = jax.jit(jax.shard_map(local, mesh=GROUPS, in_specs=P(("data", "inner")), out_specs=P()))(grads)
+    chex.assert_trees_all_equal(got, jax.jit(cg.stacked(cg.median()).update)(grads, None)[0])
 
 
 def test_leaves_that_vary_over_other_axes_too_and_kinds_without_numbers():
@@ -118,7 +108,7 @@ def test_leaves_that_vary_over_other_axes_too_and_kinds_without_numbers():
 
     given = {"w": P("data", "inner"), "b": P("data"), "none": P("data"), "left out": None}
     out = {"w": P("inner"), "b": P(), "none": P(), "left out": None}
-    got = jax.jit(jax.shard_map(local, mesh=_mesh(4, 2), in_specs=(given,), out_specs=out))(grads)
+    got = jax.jit(jax.shard_map(local, mesh=GROUPS, in_specs=(given,), out_specs=out))(grads)
     np.testing.assert_array_equal(got["w"], np.median(grads["w"], 0))
     np.testing.assert_array_equal(got["b"], np.median(grads["b"], 0))
     assert got["none"].shape == (0,)
@@ -140,7 +130,7 @@ def _programs(n, *leading):
         return cg.median()(gathered.reshape(-1, *gathered.shape[1 + len(leading) :]))
 
     shape = jax.ShapeDtypeStruct((n, *leading, SIZE), jnp.float32)
-    mapped = [jax.shard_map(f, mesh=_mesh(n), in_specs=P("data"), out_specs=P()) for f in (ours, gathering)]
+    mapped = [jax.shard_map(f, mesh=mesh_of(n), in_specs=P("data"), out_specs=P()) for f in (ours, gathering)]
     return [jax.jit(f).lower(shape).compile() for f in mapped]
 
 
@@ -194,14 +184,14 @@ def test_a_training_step_returns_parameters_that_are_the_same_on_all_devices(how
     else:
         specs = (P(), P(), P("data"))
         checked = how != "unchecked"
-        over = jax.jit(jax.shard_map(step, mesh=_mesh(n), in_specs=specs, out_specs=P(), check_vma=checked))
+        over = jax.jit(jax.shard_map(step, mesh=mesh_of(n), in_specs=specs, out_specs=P(), check_vma=checked))
         batch = (x, y)
     for _ in range(3):
         params, state = over(params, state, batch)
         grads = cg.micro_batch_grads(_loss, n)(want, (x, y))
         updates, want_state = single.update(grads, want_state, want)
         want = optax.apply_updates(want, updates)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), params, want)
+    trees_close(params, want)
 
 
 def test_a_gradient_that_was_summed_over_devices_is_refused():
@@ -211,7 +201,7 @@ def test_a_gradient_that_was_summed_over_devices_is_refused():
         grads = jax.grad(lambda w: (w * x).sum())(w)
         return transform.update(grads, transform.init(w))[0]
 
-    mapped = jax.shard_map(step, mesh=_mesh(4), in_specs=(P(), P("data")), out_specs=P())
+    mapped = jax.shard_map(step, mesh=mesh_of(4), in_specs=(P(), P("data")), out_specs=P())
     with pytest.raises(ValueError, match=r"each device of axis 'data' .* jax\.lax\.pcast\(params, 'data'"):
         jax.jit(mapped)(jnp.ones(()), jnp.ones(4))
 
@@ -225,7 +215,7 @@ def test_outside_of_a_map_it_says_so():
 def test_another_axis_is_named_and_what_is_there_instead():
     transform = cg.across_devices(cg.median(), "batch")
     mapped = jax.shard_map(
-        lambda g: transform.update(g, transform.init(None))[0], mesh=_mesh(4), in_specs=P("data"), out_specs=P("data")
+        lambda g: transform.update(g, transform.init(None))[0], mesh=mesh_of(4), in_specs=P("data"), out_specs=P("data")
     )
     with pytest.raises(ValueError, match=r"over axis_name='batch' around across_devices, got axes 'data'\."):
         jax.jit(mapped)(jnp.ones(4))
@@ -244,6 +234,6 @@ def test_what_is_no_rule_is_refused(make):
     def update(grads):
         return transform.update(grads[0], transform.init(grads[0]))[0]
 
-    mapped = jax.shard_map(update, mesh=_mesh(2), in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    mapped = jax.shard_map(update, mesh=mesh_of(2), in_specs=P("data"), out_specs=P("data"), check_vma=False)
     with pytest.raises(ValueError, match=r"Expected a coordinate-wise rule, .* got one that makes shape \[\] of \["):
         jax.jit(mapped)(jnp.ones((2, 3, 4)))

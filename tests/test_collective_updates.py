@@ -1,16 +1,17 @@
 """`across_devices` under vmap, and the updates that it refuses or lets pass."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import mesh_of
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
 
-MESH = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+MESH = mesh_of(4)
 
 
 def _grads(*leading):
@@ -18,11 +19,6 @@ def _grads(*leading):
     shapes = {"w": (7, 5), "b": (3,), "scalar": (), "none": (0, 2), "narrow": (4, 3)}
     grads = {name: rng.normal(size=(*leading, *shape)).astype(np.float32) for name, shape in shapes.items()}
     return grads | {"narrow": jnp.asarray(grads["narrow"], jnp.bfloat16)}
-
-
-def _equal(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("out_axes", [0, None])
@@ -39,7 +35,7 @@ def test_under_vmap_the_rows_are_the_devices(stacked, out_axes):
     together = jax.tree.map(lambda leaf: leaf.reshape(n * k, *leaf.shape[2:]), grads) if stacked else grads
     want = jax.jit(cg.stacked(cg.median()).update)(together, None)[0]
     for row in [got] if out_axes is None else [jax.tree.map(lambda leaf, i=i: leaf[i], got) for i in range(n)]:
-        _equal(row, want)
+        chex.assert_trees_all_equal(row, want)
 
 
 def test_vmap_inside_shard_map():
@@ -49,7 +45,7 @@ def test_vmap_inside_shard_map():
         return jax.vmap(lambda g: transform.update(g, None)[0])(jax.tree.map(lambda leaf: leaf[0], grads))
 
     got = jax.jit(jax.shard_map(local, mesh=MESH, in_specs=P("data"), out_specs=P()))(grads)
-    _equal(got, jax.jit(cg.stacked(cg.median()).update)(grads, None)[0])
+    chex.assert_trees_all_equal(got, jax.jit(cg.stacked(cg.median()).update)(grads, None)[0])
 
 
 def _in_shard_map(transform, gradient, check_vma=True):
@@ -99,7 +95,7 @@ def test_numbers_and_integer_leaves():
         return optax.apply_updates(params, transform.update(grads, transform.init(params), params)[0])
 
     got = jax.jit(jax.shard_map(step, mesh=MESH, in_specs=P("data"), out_specs=P()))(jnp.ones((4, 2)))
-    _equal(got, {"w": jnp.zeros(2), "n": jnp.arange(3)})
+    chex.assert_trees_all_equal(got, {"w": jnp.zeros(2), "n": jnp.arange(3)})
     update = cg.across_devices(cg.median(), "data").update
     assert float(jax.vmap(lambda _: update(0.5, None)[0], axis_name="data")(jnp.ones(4))[0]) == 0.5
 

@@ -1,5 +1,6 @@
 """Narrow dtypes, and numbers near the ends of their range."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,9 +126,9 @@ def test_parameters_in_float8_and_float4_give_what_they_give_in_float32(dtype):
     assert jax.grad(widened)(narrow, X[0]).dtype == dtype
     for method in ("ghost", "vmap"):
         got, want = (cg.grad_moments(widened, method=method)(w, X) for w in (narrow, wide))
-        jax.tree.map(np.testing.assert_array_equal, got, want)
+        chex.assert_trees_all_equal(got, want)
         assert got.sum_grads.dtype == got.sum_sq_norms.dtype == jnp.float32
-        jax.tree.map(np.testing.assert_array_equal, cg.merge(cg.GradMoments.zeros(narrow), got), want)
+        chex.assert_trees_all_equal(cg.merge(cg.GradMoments.zeros(narrow), got), want)
         got, want = (cg.per_example_sq_norms(widened, method=method)(w, X) for w in (narrow, wide))
         np.testing.assert_array_equal(got, want)
     got, want = (cg.per_example_grads(widened)(w, X) for w in (narrow, wide))

@@ -2,12 +2,13 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import mesh_of
 
 import cg_jax as cg
 
@@ -209,7 +210,7 @@ ALL_ZERO = r"Expected some gradient other than zero, got 3 that are zero or so s
 @pytest.mark.parametrize("more", [{"confidence": True}, {"estimator": "signs"}, {"method": "vmap"}])
 def test_all_gradients_zero_is_nan_and_warned_of(more):
     data = (np.ones((3, 2), np.float32), np.ones(3, np.float32))
-    for mesh in (None, jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
+    for mesh in (None, mesh_of(2)):
         with pytest.warns(UserWarning, match=ALL_ZERO):
             result = cg.measure_coherence(accuracy, jnp.ones(2), data, batch_size=2, mesh=mesh, **more)
         assert np.isnan(result.alpha)
@@ -252,7 +253,7 @@ def test_a_masked_row_under_a_norm_spoils_nothing():
     for method in ("ghost", "vmap"):
         moments = cg.grad_moments(loss, method=method)(jnp.ones(2), rows, np.array([True, False, True]))
         want = cg.grad_moments(loss, method=method)(jnp.ones(2), rows[::2])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moments, want)
+        chex.assert_trees_all_close(moments, want, rtol=1e-6)
 
 
 def test_a_mask_of_nothing_gives_the_moments_of_no_examples():

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import AxisType
+from helpers import mesh_of
 
 import cg_jax as cg
 from cg_jax.estimators import OfRows
@@ -25,10 +26,6 @@ def batch_loss(w, xs):
     return jax.vmap(loss_fn, (None, 0))(w, xs).mean()
 
 
-def _same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 @pytest.mark.parametrize(
     ("name", "loss", "options", "estimator"),
     [
@@ -40,7 +37,7 @@ def _same(got, want):
 )
 def test_a_name_and_its_options_are_an_object(name, loss, options, estimator):
     by_name = cg.measure_coherence(loss, W, X, batch_size=10, estimator=name, **options)
-    _same(cg.measure_coherence(loss, W, X, batch_size=10, estimator=estimator), by_name)
+    chex.assert_trees_all_equal(cg.measure_coherence(loss, W, X, batch_size=10, estimator=estimator), by_name)
 
 
 def test_options_beside_an_object_are_refused():
@@ -120,7 +117,7 @@ cg.register_estimator("subsample", Subsample)
 @pytest.mark.parametrize("devices", [None, 8])
 @pytest.mark.parametrize("estimator", ["subsample", Subsample(step=2)])
 def test_a_fourth_estimator_is_one_class_and_one_line(estimator, devices):
-    mesh = None if devices is None else jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = devices and mesh_of(devices)
     got = cg.measure_coherence(loss_fn, W, X, batch_size=16, estimator=estimator, mesh=mesh)
     step = 3 if estimator == "subsample" else estimator.step
     with jax.enable_x64(True):

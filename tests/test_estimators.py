@@ -7,10 +7,9 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from jax.sharding import AxisType
+from helpers import compilations, mesh_of
 
 import cg_jax as cg
-from cg_jax import stream
 
 
 def loss_fn(w, x):
@@ -46,7 +45,7 @@ def _alpha_of_batches(x, k):
 @pytest.mark.parametrize(("m", "k"), [(64, 8), (70, 8), (64, 16)])
 def test_disjoint_batches_give_what_their_formula_gives(m, k, n):
     x = _draw(0, m)
-    mesh = None if n is None else jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
+    mesh = n and mesh_of(n)
     for data in (x, jnp.asarray(x), [x[i : i + k] for i in range(0, m, k)]):
         got = cg.measure_coherence(batch_loss, W, data, batch_size=k, estimator="batch", mesh=mesh)
         np.testing.assert_allclose(got.alpha, _alpha_of_batches(x, k), rtol=2e-5)
@@ -131,7 +130,7 @@ def test_the_jackknife_is_its_formula():
     moved = 2 * (x @ mean - mean @ mean) / q.mean() - mean @ mean * (q - q.mean()) / q.mean() ** 2
     want = np.sqrt(np.square(moved).sum()) / len(x)
     data = x.astype(np.float32)
-    for mesh in (None, jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))):
+    for mesh in (None, mesh_of(8)):
         for given in (data, jnp.asarray(data), [data[:7], data[7:23], data[23:39], data[39:]]):
             got = cg.measure_coherence(loss_fn, W, given, batch_size=16, confidence=True, mesh=mesh)
             np.testing.assert_allclose([got.alpha, got.alpha_stderr], [alpha, want], rtol=1e-4)
@@ -185,7 +184,7 @@ def test_too_few_batches_are_nan_and_no_batch_is_an_error():
     assert np.isnan(cg.measure_coherence(loss_fn, W, _draw(0, 1), batch_size=8, confidence=True).alpha_stderr)
     with pytest.raises(ValueError, match=r"Expected at least one whole batch of batch_size=8, got 7 examples"):
         cg.measure_coherence(batch_loss, W, _draw(0, 7), batch_size=8, estimator="batch")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(8)
     with pytest.raises(ValueError, match=r"Expected the data axis to divide batch_size, got the data axis=8 and"):
         cg.measure_coherence(batch_loss, W, _draw(0, 60), batch_size=12, estimator="batch", mesh=mesh)
     with pytest.raises(ValueError, match=r"Expected estimator in \['batch', 'exact', 'signs'\], got estimator='other'"):
@@ -200,7 +199,7 @@ def test_a_batch_that_is_not_finite_is_left_out_whole(name, loss, n):
     x = _draw(0, 64)
     spoilt = x.copy()
     spoilt[10] = np.inf
-    mesh = None if n is None else jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = n and mesh_of(n)
     got = cg.measure_coherence(loss, W + 1, spoilt, batch_size=8, estimator=name, mesh=mesh, nonfinite="skip")
     lost = 1 if name == "signs" and n else 8  # each device has a batch of its own
     assert (int(got.num_skipped), int(got.count)) == (lost, 64 - lost)
@@ -211,7 +210,7 @@ def test_a_batch_that_is_not_finite_is_left_out_whole(name, loss, n):
 
 @pytest.mark.parametrize("n", [None, 8])
 def test_a_batch_of_signs_is_skipped_and_counted_whole_and_padding_is_not(n):
-    mesh = None if n is None else jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = n and mesh_of(n)
     x = _draw(0, 20)
     x[-1] = np.nan
     got = cg.measure_coherence(loss_fn, W, x, batch_size=16, estimator="signs", nonfinite="skip", mesh=mesh)
@@ -253,7 +252,7 @@ def test_the_error_of_signs_is_theirs_alone_where_norms_differ():
         return cg.measure_coherence(loss_fn, W, x, batch_size=16, estimator="signs", seed=seed)
 
     _check_error(_alphas(measure), oracle.ratios(x.astype(np.float64))["alpha"])
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(8)
     alone = cg.measure_coherence(loss_fn, W, x, batch_size=8, estimator="signs", mesh=mesh)
     exact = cg.measure_coherence(loss_fn, W, x, batch_size=8)
     np.testing.assert_allclose(alone.alpha, exact.alpha, rtol=1e-4)  # one example for each device: Q itself
@@ -261,10 +260,11 @@ def test_the_error_of_signs_is_theirs_alone_where_norms_differ():
 
 
 def test_a_seed_is_no_other_program():
-    before = stream.step._cache_size()
-    for seed in range(3):
-        cg.measure_coherence(loss_fn, W, _draw(0, 24, dim=41)[:, :40], batch_size=12, estimator="signs", seed=seed)
-    assert stream.step._cache_size() - before == 1
+    x = _draw(0, 24, dim=41)[:, :40]
+    with compilations("step") as names:
+        for seed in range(3):
+            cg.measure_coherence(loss_fn, W, x, batch_size=12, estimator="signs", seed=seed)
+    assert len(names) == 1
 
 
 def test_batch_normalisation_in_training_mode_is_of_the_whole_batch_on_any_mesh():
@@ -282,6 +282,6 @@ def test_batch_normalisation_in_training_mode_is_of_the_whole_batch_on_any_mesh(
     means = np.stack([np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for g in want])
     alpha = oracle.ratios(means.astype(np.float64))["alpha"]
     c = (96 - 16) / (16 * 95)
-    for mesh in (None, jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))):
+    for mesh in (None, mesh_of(8)):
         got = cg.measure_coherence(loss, variables["params"], (x, y), batch_size=16, estimator="batch", mesh=mesh)
         np.testing.assert_allclose(got.alpha, c * alpha / (1 - alpha * (1 - c)), rtol=1e-4)

@@ -1,5 +1,6 @@
 """The trainers and the models, against plain loops."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def test_batch_norm_normalises_by_each_mini_batch_and_its_averages_follow(proble
         weights = jax.tree.map(lambda p, d: p - RATE * (d + 0.1 * p), want["params"], direction)
         want = {"params": weights, "batch_stats": jax.tree.map(lambda *s: np.mean(s, 0), *statistics)}
         state = method.step(state, images, labels, first + jnp.arange(4 * groups).reshape(groups, 4))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.params, want)
+    chex.assert_trees_all_close(state.params, want, rtol=1e-3, atol=1e-5)
 
 
 def _by_batch(model, variables, images, labels):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from jax.sharding import AxisType
+from helpers import mesh_of
 
 import cg_jax as cg
 from experiments import data, line, methods
@@ -71,7 +71,7 @@ def test_without_its_rule_the_primitive_falls_back():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_an_estimator(devices):
     _names("Add an estimator")
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(devices)
     got = cg.measure_coherence(_loss, W, X, batch_size=8, estimator="directions", mesh=mesh)
     grads = _grads(_loss, W, X)
     want = oracle.ratios(grads / np.linalg.norm(grads, axis=1, keepdims=True))

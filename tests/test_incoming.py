@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,7 +223,7 @@ def test_every_mode_of_jax(mode):
             updates, state = None, transform.init(PARAMS)
             for _ in range(3):
                 updates, state = transform.update(grads, state, PARAMS)
-            jax.tree.map(np.testing.assert_array_equal, updates, want)
+            chex.assert_trees_all_equal(updates, want)
         over = jax.vmap(lambda g: cg.across_devices(cg.median(), "d").update(g, None)[0], axis_name="d")
         np.testing.assert_array_equal(over(jnp.arange(3.0)), 1.0)
         grads = cg.micro_batch_grads(lambda w, x: (w * x).mean(), 2, batch_loss=True)(jnp.ones(()), jnp.arange(4.0))

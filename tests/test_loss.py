@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from takers import MASK, TAKERS, W, X, explicit, in_shard_map, loss_fn, mesh, of_batch, programs, same, suited
+from helpers import compilations, mesh_of, trees_close
+from takers import MASK, TAKERS, W, X, explicit, in_shard_map, loss_fn, of_batch, suited
 
 import cg_jax as cg
 
@@ -140,11 +142,11 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_callable_is_a_loss(kind):
     f = KINDS[kind]
-    same(TAKERS["grad_moments"](f).sum_grads, 2 * TAKERS["grad_moments"](loss_fn).sum_grads)
-    same(TAKERS["alignments"](f), 2 * TAKERS["alignments"](loss_fn))
+    trees_close(TAKERS["grad_moments"](f).sum_grads, 2 * TAKERS["grad_moments"](loss_fn).sum_grads)
+    trees_close(TAKERS["alignments"](f), 2 * TAKERS["alignments"](loss_fn))
     got, want = TAKERS["confidence"](f), TAKERS["confidence"](loss_fn)
-    same((got.alpha, got.loss, got.alpha_stderr), (want.alpha, 2 * want.loss, want.alpha_stderr))
-    same(cg.micro_batch_grads(f, 2)(W, X), 2 * cg.micro_batch_grads(loss_fn, 2)(W, X))
+    trees_close((got.alpha, got.loss, got.alpha_stderr), (want.alpha, 2 * want.loss, want.alpha_stderr))
+    trees_close(cg.micro_batch_grads(f, 2)(W, X), 2 * cg.micro_batch_grads(loss_fn, 2)(W, X))
 
 
 @pytest.mark.parametrize("kind", ["slots", "frozen dataclass of arrays", "equality without hash", "eqx.Module"])
@@ -155,28 +157,29 @@ def test_one_that_jit_cannot_hash_or_refer_to_is_a_loss_everywhere(name, kind):
     if name == "explain":
         assert got[0].rule == want[0].rule == "closed"
     elif name.startswith("per_example"):
-        same(got, (4 if "norms" in name else 2) * want)
+        trees_close(got, (4 if "norms" in name else 2) * want)
     else:
-        same((got.alpha, got.loss), (want.alpha, 2 * want.loss))
+        trees_close((got.alpha, got.loss), (want.alpha, 2 * want.loss))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "slots" not in kind])
 def test_any_callable_is_compiled_once(kind):
     take, f = TAKERS["per_example_grads"], KINDS[kind]
     take(f)
-    before = programs()
-    take(f)
-    assert programs() == before
+    with compilations() as names:
+        take(f)
+    assert not names
 
 
 def test_an_object_without_weak_references_is_compiled_for_each_function_built():
     moments = cg.grad_moments(Slots())
     moments(W, X)
-    before = programs()
-    moments(W, X)
-    assert programs() == before
-    cg.grad_moments(Slots())(W, X)
-    assert programs() == before + 1
+    with compilations() as names:
+        moments(W, X)
+    assert not names
+    with compilations() as names:
+        cg.grad_moments(Slots())(W, X)
+    assert len(names) == 1
 
 
 def test_equal_objects_are_not_taken_for_each_other():
@@ -195,7 +198,7 @@ def test_what_is_read_from_outside_is_read_once():
     loss = Callable(jnp.asarray(1.0))
     before = cg.grad_moments(loss)(W, X)
     loss.table = jnp.asarray(5.0)
-    same(cg.grad_moments(loss)(W, X), before)
+    trees_close(cg.grad_moments(loss)(W, X), before)
     np.testing.assert_allclose(
         cg.grad_moments(Callable(jnp.asarray(5.0)))(W, X).sum_grads, 5 * before.sum_grads, rtol=1e-6
     )
@@ -236,10 +239,10 @@ AUX_TAKERS = {
 def test_auxiliary_values_come_back_by_example(name):
     take = AUX_TAKERS[name]
     got, aux = take(with_aux, has_aux=True)
-    same(got, take(loss_fn))
+    trees_close(got, take(loss_fn))
     assert jax.tree.structure(aux) == jax.tree.structure(_aux())
     close = {"rtol": 2e-2} if "reverse" in name else {"rtol": 1e-5}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), aux, _aux())
+    chex.assert_trees_all_close(aux, _aux(), **close)
     if "Explicit" in name:
         assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(aux)} == {"data"}
 
@@ -248,19 +251,19 @@ def test_auxiliary_values_come_back_by_example(name):
 def test_auxiliary_values_of_masked_rows_are_zero(method):
     f = lambda w, x: (lambda loss, aux: (loss, aux | {"key": jax.random.key(0)}))(*with_aux(w, x))  # noqa: E731
     moments, aux = cg.grad_moments(f, method=method, has_aux=True)(W, X, MASK)
-    same(moments, cg.grad_moments(loss_fn, method=method)(W, X, MASK))
+    trees_close(moments, cg.grad_moments(loss_fn, method=method)(W, X, MASK))
     assert aux.pop("key").shape == (8,)
-    same(aux, _aux(MASK))
+    trees_close(aux, _aux(MASK))
 
 
 @pytest.mark.parametrize("more", [{"confidence": True}, {"estimator": "signs"}])
 def test_a_measurement_drops_auxiliary_values(more):
-    for where in (None, mesh()):
+    for where in (None, mesh_of(8)):
         got, want = (
             cg.measure_coherence(f, W, X, batch_size=8, mesh=where, has_aux=has_aux, **more)
             for f, has_aux in ((with_aux, True), (loss_fn, False))
         )
-        same((got.alpha, got.alpha_stderr, got.loss), (want.alpha, want.alpha_stderr, want.loss))
+        trees_close((got.alpha, got.alpha_stderr, got.loss), (want.alpha, want.alpha_stderr, want.loss))
 
 
 def test_a_batch_loss_may_have_auxiliary_values():
@@ -268,7 +271,7 @@ def test_a_batch_loss_may_have_auxiliary_values():
     got = cg.measure_coherence(
         lambda w, x: (mean(w, x), x.shape[0]), W, X, batch_size=2, estimator="batch", has_aux=True
     )
-    same(got.alpha, cg.measure_coherence(mean, W, X, batch_size=2, estimator="batch").alpha)
+    trees_close(got.alpha, cg.measure_coherence(mean, W, X, batch_size=2, estimator="batch").alpha)
 
 
 def test_explain_takes_auxiliary_values():

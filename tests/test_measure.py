@@ -7,16 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import compilations, mlp_params, same_coherence
+from helpers import mlp_loss as loss_fn
 
 import cg_jax as cg
-from cg_jax import stream
 
 M = 5_000
-
-
-def loss_fn(p, example):
-    x, label = example
-    return -jax.nn.log_softmax(jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"])[label]
+PARAMS = mlp_params(20, 30, 10)
 
 
 @pytest.fixture(scope="module")
@@ -25,42 +22,25 @@ def data():
     return rng.normal(size=(M, 20)).astype(np.float32), rng.integers(0, 10, M)
 
 
-def _params(seed):
-    rng = np.random.default_rng(seed)
-    shapes = {"w1": (20, 30), "b1": (30,), "w2": (30, 10), "b2": (10,)}
-    return {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-
-
-def _same(a, b, rtol=1e-5):
-    for field in ("loss", "mean_grad_norm", "m_coherence", "count", "num_skipped"):
-        np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=rtol, err_msg=field)
-    assert a.per_tensor.keys() == b.per_tensor.keys()
-    for name in a.per_tensor:
-        np.testing.assert_allclose(a.per_tensor[name].alpha, b.per_tensor[name].alpha, rtol=rtol, err_msg=name)
-
-
-def _compiled():
-    return stream.step._cache_size()
-
-
 def test_batches_that_do_not_divide_equal_one_batch_and_compile_once(data):
-    before = _compiled()
-    streamed = cg.measure_coherence(loss_fn, _params(0), data, batch_size=128)
-    assert _compiled() - before == 1
-    whole = cg.measure_coherence(loss_fn, _params(0), data, batch_size=M)
+    with compilations("step") as names:
+        streamed = cg.measure_coherence(loss_fn, PARAMS, data, batch_size=128)
+    assert len(names) == 1
+    whole = cg.measure_coherence(loss_fn, PARAMS, data, batch_size=M)
     assert int(streamed.count) == M == int(whole.count)
-    _same(streamed, whole)
+    same_coherence(streamed, whole)
 
-    before = _compiled()
-    again = cg.measure_coherence(loss_fn, _params(1), data, batch_size=128)
-    assert _compiled() == before
+    others = mlp_params(20, 30, 10, seed=1)
+    with compilations() as names:
+        again = cg.measure_coherence(loss_fn, others, data, batch_size=128)
+    assert not names
     assert float(again.loss) != float(streamed.loss)
 
 
 def test_the_result_is_that_of_the_oracle(data):
     rows = jax.tree.map(lambda leaf: leaf[:50], data)
     with jax.enable_x64(True):
-        params = jax.tree.map(lambda p: p.astype(jnp.float64), _params(0))
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
         rows = (rows[0].astype(np.float64), rows[1])
         got = cg.measure_coherence(loss_fn, params, rows, batch_size=16)
         losses, grads = oracle.per_example(loss_fn, params, rows)
@@ -90,7 +70,7 @@ class Loader:
 
 def test_every_kind_of_data_gives_the_same(data):
     data = jax.tree.map(lambda leaf: leaf[:300], data)
-    want = cg.measure_coherence(loss_fn, _params(0), data, batch_size=64)
+    want = cg.measure_coherence(loss_fn, PARAMS, data, batch_size=64)
     for same in (
         jax.tree.map(jnp.asarray, data),
         list(_in_batches(data, 64)),
@@ -99,27 +79,27 @@ def test_every_kind_of_data_gives_the_same(data):
         Loader(data),
         [_rows(data, 0, 7), _rows(data, 7, 71), *_in_batches(_rows(data, 71, 300), 64)],
     ):
-        _same(cg.measure_coherence(loss_fn, _params(0), same, batch_size=64), want)
+        same_coherence(cg.measure_coherence(loss_fn, PARAMS, same, batch_size=64), want)
 
 
 def test_both_methods_agree(data):
     data = jax.tree.map(lambda leaf: leaf[:300], data)
-    measured = (cg.measure_coherence(loss_fn, _params(0), data, batch_size=64, method=m) for m in ("ghost", "vmap"))
+    measured = (cg.measure_coherence(loss_fn, PARAMS, data, batch_size=64, method=m) for m in ("ghost", "vmap"))
     engine, plain = measured
-    _same(engine, plain)
+    same_coherence(engine, plain)
 
 
 def test_a_batch_larger_than_batch_size_is_refused(data):
     with pytest.raises(ValueError, match=r"Expected batches of at most batch_size=32 examples, got one of 64"):
-        cg.measure_coherence(loss_fn, _params(0), _in_batches(data, 64), batch_size=32)
+        cg.measure_coherence(loss_fn, PARAMS, _in_batches(data, 64), batch_size=32)
 
 
 def test_data_without_batches_or_of_no_kind_is_refused():
     for empty in ([], iter(())):
         with pytest.raises(ValueError, match=r"Expected data to hold at least one batch, got an empty iterable"):
-            cg.measure_coherence(loss_fn, _params(0), empty, batch_size=32)
+            cg.measure_coherence(loss_fn, PARAMS, empty, batch_size=32)
     with pytest.raises(TypeError, match=r"Expected data to be a pytree of arrays or an iterable of batches, got int"):
-        cg.measure_coherence(loss_fn, _params(0), 3, batch_size=32)
+        cg.measure_coherence(loss_fn, PARAMS, 3, batch_size=32)
 
 
 def _spoilt(data, rows):
@@ -131,23 +111,23 @@ def _spoilt(data, rows):
 def test_what_is_not_finite_raises_with_how_many_and_the_first_index(data):
     message = r"got 2 of 64 examples in one batch that are not, the first at index 130\. nonfinite='skip'"
     with pytest.raises(FloatingPointError, match=message):
-        cg.measure_coherence(loss_fn, _params(0), _spoilt(data, [130, 150, 299]), batch_size=64)
+        cg.measure_coherence(loss_fn, PARAMS, _spoilt(data, [130, 150, 299]), batch_size=64)
     with pytest.raises(FloatingPointError, match=r"got 1 of 44 examples .* index 299"):
-        cg.measure_coherence(loss_fn, _params(0), _spoilt(data, [299]), batch_size=64)
+        cg.measure_coherence(loss_fn, PARAMS, _spoilt(data, [299]), batch_size=64)
 
 
 @pytest.mark.parametrize("method", ["ghost", "vmap"])
 @pytest.mark.parametrize("rows", [[130, 150, 299], list(range(64)), list(range(300))])
 def test_what_is_not_finite_can_be_skipped(data, rows, method):
-    got = cg.measure_coherence(loss_fn, _params(0), _spoilt(data, rows), batch_size=64, nonfinite="skip", method=method)
+    got = cg.measure_coherence(loss_fn, PARAMS, _spoilt(data, rows), batch_size=64, nonfinite="skip", method=method)
     assert int(got.num_skipped) == len(rows)
     assert int(got.count) == 300 - len(rows)
     if len(rows) == 300:
         assert np.isnan(got.alpha)
         return
     kept = np.setdiff1d(np.arange(300), rows)
-    moments = cg.grad_moments(loss_fn)(_params(0), jax.tree.map(lambda leaf: leaf[kept], data))
-    _same(got, cg.coherence(moments, num_skipped=len(rows)))
+    moments = cg.grad_moments(loss_fn)(PARAMS, jax.tree.map(lambda leaf: leaf[kept], data))
+    same_coherence(got, cg.coherence(moments, num_skipped=len(rows)))
 
 
 def test_a_gradient_that_overflows_is_skipped_though_its_loss_does_not():
@@ -160,7 +140,7 @@ def test_a_gradient_that_overflows_is_skipped_though_its_loss_does_not():
 
 
 def test_what_is_not_finite_can_be_let_through(data):
-    got = cg.measure_coherence(loss_fn, _params(0), _spoilt(data, [130]), batch_size=64, nonfinite="propagate")
+    got = cg.measure_coherence(loss_fn, PARAMS, _spoilt(data, [130]), batch_size=64, nonfinite="propagate")
     assert np.isnan(got.alpha)
     assert int(got.count) == 300
     assert int(got.num_skipped) == 0
@@ -186,9 +166,9 @@ def test_integer_leaves_of_the_parameters_are_held_fixed():
 
 def test_progress_draws_a_bar_and_silence_draws_none(data, capsys):
     data = jax.tree.map(lambda leaf: leaf[:300], data)
-    cg.measure_coherence(loss_fn, _params(0), data, batch_size=64)
+    cg.measure_coherence(loss_fn, PARAMS, data, batch_size=64)
     assert capsys.readouterr() == ("", "")
-    cg.measure_coherence(loss_fn, _params(0), data, batch_size=64, progress=True)
+    cg.measure_coherence(loss_fn, PARAMS, data, batch_size=64, progress=True)
     drawn = capsys.readouterr().err
     assert "coherence" in drawn
     assert "/5 [" in drawn
@@ -197,4 +177,4 @@ def test_progress_draws_a_bar_and_silence_draws_none(data, capsys):
 def test_progress_without_tqdm_says_what_to_install(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match=r"progress=True draws its bar with tqdm: pip install tqdm"):
-        cg.measure_coherence(loss_fn, _params(0), data, batch_size=128, progress=True)
+        cg.measure_coherence(loss_fn, PARAMS, data, batch_size=128, progress=True)

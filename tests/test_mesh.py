@@ -7,17 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import compilations, mesh_of, mlp_params, same_coherence
+from helpers import mlp_loss as loss_fn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
 from benchmarks import programs
-from cg_jax import stream
-
-
-def loss_fn(p, example):
-    x, label = example
-    return -jax.nn.log_softmax(jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"])[label]
 
 
 def _data(m):
@@ -25,32 +21,8 @@ def _data(m):
     return rng.normal(size=(m, 20)).astype(np.float32), rng.integers(0, 8, m).astype(np.int32)
 
 
-def _params():
-    rng = np.random.default_rng(0)
-    shapes = {"w1": (20, 32), "b1": (32,), "w2": (32, 8), "b2": (8,)}
-    return {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-
-
-SIZE = sum(p.nbytes for p in jax.tree.leaves(_params()))
-
-
-def _mesh(*shape, names=("data", "model"), kind=AxisType.Auto):
-    number = int(np.prod(shape))
-    return jax.make_mesh(shape, names[: len(shape)], axis_types=(kind,) * len(shape), devices=jax.devices()[:number])
-
-
-def _same(got, want, rtol=1e-5):
-    for field in ("loss", "mean_grad_norm", "m_coherence", "count", "num_skipped"):
-        np.testing.assert_allclose(getattr(got, field), getattr(want, field), rtol=rtol, err_msg=field)
-    np.testing.assert_allclose(got.alpha_stderr, want.alpha_stderr, rtol=rtol)
-    assert got.per_tensor.keys() == want.per_tensor.keys()
-    for name, ratios in got.per_tensor.items():
-        np.testing.assert_allclose(ratios.alpha, want.per_tensor[name].alpha, rtol=rtol, err_msg=name)
-        np.testing.assert_allclose(ratios.share, want.per_tensor[name].share, rtol=rtol, err_msg=name)
-
-
-def _in_batches(data, size):
-    return [jax.tree.map(lambda leaf, s=s: leaf[s : s + size], data) for s in range(0, len(data[1]), size)]
+PARAMS = mlp_params(20, 32, 8)
+SIZE = sum(p.nbytes for p in PARAMS.values())
 
 
 def _kinds(data, mesh):
@@ -61,17 +33,17 @@ def _kinds(data, mesh):
         "host": data,
         "one device": jax.tree.map(jnp.asarray, data),
         "mesh": jax.device_put(data, there),
-        "batches": _in_batches(data, 11),
+        "batches": [jax.tree.map(lambda leaf, s=s: leaf[s : s + 11], data) for s in range(0, len(data[1]), 11)],
     }
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
 @pytest.mark.parametrize("m", [1, 7, 64, 101])
 def test_any_number_of_devices_and_examples_gives_what_one_device_gives(n, m):
-    want = cg.measure_coherence(loss_fn, _params(), _data(m), batch_size=16)
-    mesh = _mesh(n)
+    want = cg.measure_coherence(loss_fn, PARAMS, _data(m), batch_size=16)
+    mesh = mesh_of(n)
     for data in _kinds(_data(m), mesh).values():
-        _same(cg.measure_coherence(loss_fn, _params(), data, batch_size=16, mesh=mesh), want)
+        same_coherence(cg.measure_coherence(loss_fn, PARAMS, data, batch_size=16, mesh=mesh), want)
 
 
 def _programs(mesh, params, m=64):
@@ -79,18 +51,18 @@ def _programs(mesh, params, m=64):
 
 
 def test_one_program_is_compiled_for_all_batches_however_the_parameters_lie():
-    mesh = _mesh(2, 4)
-    for specs in (dict.fromkeys(_params(), P()), TENSOR_PARALLEL, FULLY_SHARDED):
-        before = stream.step._cache_size()
-        cg.measure_coherence(loss_fn, _placed(_params(), mesh, specs), _data(101), batch_size=12, mesh=mesh)
-        assert stream.step._cache_size() - before == 1
+    mesh = mesh_of(2, 4)
+    for specs in (dict.fromkeys(PARAMS, P()), TENSOR_PARALLEL, FULLY_SHARDED):
+        with compilations("step") as names:
+            cg.measure_coherence(loss_fn, _placed(PARAMS, mesh, specs), _data(101), batch_size=12, mesh=mesh)
+        assert len(names) == 1
 
 
 FLAGS = 16 * 4  # one int32 for each example of a batch says whether it is finite; all devices are told
 
 
 def test_one_all_reduce_of_the_parameters_ends_a_measurement_whatever_its_size():
-    small, large = _programs(_mesh(8), _params(), m=64), _programs(_mesh(8), _params(), m=640)
+    small, large = _programs(mesh_of(8), PARAMS, m=64), _programs(mesh_of(8), PARAMS, m=640)
     for found in (small, large):
         assert programs.collectives(found.batch) == [("all-gather", FLAGS)]
         assert {kind for kind, _ in programs.collectives(found.end)} == {"all-reduce"}
@@ -108,22 +80,22 @@ TENSOR_PARALLEL = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model"), "
 
 @pytest.mark.parametrize("where", ["host", "devices"])
 def test_one_device_along_the_data_axis(where):
-    mesh = _mesh(1, 4)
+    mesh = mesh_of(1, 4)
     data = _data(21) if where == "host" else jax.tree.map(jnp.asarray, _data(21))
     got = cg.measure_coherence(
-        loss_fn, _placed(_params(), mesh, TENSOR_PARALLEL), data, batch_size=8, mesh=mesh, confidence=True
+        loss_fn, _placed(PARAMS, mesh, TENSOR_PARALLEL), data, batch_size=8, mesh=mesh, confidence=True
     )
-    _same(got, cg.measure_coherence(loss_fn, _params(), data, batch_size=8, confidence=True))
+    same_coherence(got, cg.measure_coherence(loss_fn, PARAMS, data, batch_size=8, confidence=True))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_tensor_parallel_sums_keep_the_sharding_and_gather_nothing(kind):
-    mesh = _mesh(2, 4, kind=kind)
-    found = _programs(mesh, _placed(_params(), mesh, TENSOR_PARALLEL))
-    _same(found.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
+    mesh = mesh_of(2, 4, kind=kind)
+    found = _programs(mesh, _placed(PARAMS, mesh, TENSOR_PARALLEL))
+    same_coherence(found.result, cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16))
     assert programs.moved(found.batch, "all-gather", "all-to-all", "collective-permute") == FLAGS
     assert programs.moved(found.batch, "all-reduce") < 16 * 32 * 4  # activations and norms of 8 examples
-    quarters = sum(p.nbytes for name, p in _params().items() if name != "b2") // 4 + _params()["b2"].nbytes
+    quarters = sum(p.nbytes for name, p in PARAMS.items() if name != "b2") // 4 + PARAMS["b2"].nbytes
     assert 0 < programs.moved(found.end) - quarters <= 64
     assert {kind for kind, _ in programs.collectives(found.end)} == {"all-reduce"}
     sums = found.batch.output_shardings[0].sum_grads
@@ -136,10 +108,10 @@ FULLY_SHARDED = {"w1": P(None, "data"), "b1": P("data"), "w2": P("data"), "b2": 
 
 
 def test_parameters_divided_over_the_data_axis_are_gathered_and_their_sums_scattered_in_every_batch():
-    mesh = _mesh(8)
-    found = _programs(mesh, _placed(_params(), mesh, FULLY_SHARDED))
-    _same(found.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
-    divided = SIZE - _params()["b2"].nbytes
+    mesh = mesh_of(8)
+    found = _programs(mesh, _placed(PARAMS, mesh, FULLY_SHARDED))
+    same_coherence(found.result, cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16))
+    divided = SIZE - PARAMS["b2"].nbytes
     assert programs.moved(found.batch, "all-gather") == divided + FLAGS
     assert programs.moved(found.batch, "reduce-scatter") == divided // 8
     assert programs.moved(found.end) <= 128
@@ -148,11 +120,11 @@ def test_parameters_divided_over_the_data_axis_are_gathered_and_their_sums_scatt
 
 
 def test_both_together_gather_over_the_data_axis_only():
-    mesh = _mesh(2, 4)
+    mesh = mesh_of(2, 4)
     specs = {"w1": P("data", "model"), "b1": P("model"), "w2": P(("model", "data"), None), "b2": P()}
-    found = _programs(mesh, _placed(_params(), mesh, specs))
-    _same(found.result, cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16))
-    weights = _params()["w1"].nbytes + _params()["w2"].nbytes
+    found = _programs(mesh, _placed(PARAMS, mesh, specs))
+    same_coherence(found.result, cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16))
+    weights = PARAMS["w1"].nbytes + PARAMS["w2"].nbytes
     assert programs.moved(found.batch, "all-gather") == weights // 4 + FLAGS
     assert programs.moved(found.batch, "reduce-scatter") == weights // 8
 
@@ -165,29 +137,30 @@ def attention_loss(p, x):
 
 
 def test_heads_and_hidden_units_divided_over_the_model_axis():
-    rng, mesh = np.random.default_rng(0), _mesh(2, 4)
+    rng, mesh = np.random.default_rng(0), mesh_of(2, 4)
     shapes = {"q": (16, 4, 8), "k": (16, 4, 8), "v": (16, 4, 8), "o": (4, 8, 16), "up": (16, 64), "down": (64, 16)}
     params = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
     heads = P(None, "model")
     specs = {"q": heads, "k": heads, "v": heads, "o": P("model"), "up": heads, "down": P("model")}
     x = rng.normal(size=(30, 6, 16)).astype(np.float32)
     got = cg.measure_coherence(attention_loss, _placed(params, mesh, specs), x, batch_size=8, mesh=mesh)
-    _same(got, cg.measure_coherence(attention_loss, params, x, batch_size=8))
+    same_coherence(got, cg.measure_coherence(attention_loss, params, x, batch_size=8))
 
 
 def test_the_users_current_mesh_does_not_matter_and_may_be_explicit():
-    want = cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16)
+    want = cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16)
     for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = _mesh(8, kind=kind)
+        mesh = mesh_of(8, kind=kind)
         with jax.set_mesh(mesh):
-            _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh), want)
+            params = mlp_params(20, 32, 8)
+            same_coherence(cg.measure_coherence(loss_fn, params, _data(64), batch_size=16, mesh=mesh), want)
             assert jax.sharding.get_mesh() == mesh
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_data_may_lie_anywhere_and_be_made_by_code_that_computes(kind):
-    mesh, data = _mesh(8, kind=kind), _data(40)
-    want = cg.measure_coherence(loss_fn, _params(), data, batch_size=16)
+    mesh, data = mesh_of(8, kind=kind), _data(40)
+    want = cg.measure_coherence(loss_fn, PARAMS, data, batch_size=16)
     there = jax.device_put(data, NamedSharding(mesh, P("data")))
 
     def batches():
@@ -195,7 +168,7 @@ def test_data_may_lie_anywhere_and_be_made_by_code_that_computes(kind):
             rows = jax.tree.map(lambda leaf, s=start: leaf[s : s + 16], data)
             yield jax.tree.map(lambda leaf: leaf + 0, jax.device_put(rows, NamedSharding(mesh, P("data"))))
 
-    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
+    other = mesh_of(2, 4, names=("a", "b"), kind=kind)
     for given in (
         there,
         jax.device_put(data, jax.devices()[3]),
@@ -203,12 +176,11 @@ def test_data_may_lie_anywhere_and_be_made_by_code_that_computes(kind):
         batches(),
         list(batches()),
     ):
-        _same(cg.measure_coherence(loss_fn, _params(), given, batch_size=16, mesh=mesh), want)
+        same_coherence(cg.measure_coherence(loss_fn, PARAMS, given, batch_size=16, mesh=mesh), want)
     whole = [
-        cg.measure_coherence(_mean_loss, _params(), d, batch_size=8, mesh=mesh, estimator="batch")
-        for d in (data, there)
+        cg.measure_coherence(_mean_loss, PARAMS, d, batch_size=8, mesh=mesh, estimator="batch") for d in (data, there)
     ]
-    _same(*whole)
+    same_coherence(*whole)
 
 
 def _mean_loss(params, batch):
@@ -223,12 +195,12 @@ def _spoilt(m, rows):
 
 @pytest.mark.parametrize("where", ["host", "mesh"])
 def test_what_is_not_finite_is_told_apart_on_a_mesh(where):
-    mesh, rows = _mesh(8), [3, 50, 51, 63]
+    mesh, rows = mesh_of(8), [3, 50, 51, 63]
     data = _spoilt(64, rows)
     if where == "mesh":
         data = jax.device_put(data, NamedSharding(mesh, P("data")))
-    measured = functools.partial(cg.measure_coherence, loss_fn, _params(), data, batch_size=32)
-    _same(measured(mesh=mesh, nonfinite="skip"), measured(nonfinite="skip"))
+    measured = functools.partial(cg.measure_coherence, loss_fn, PARAMS, data, batch_size=32)
+    same_coherence(measured(mesh=mesh, nonfinite="skip"), measured(nonfinite="skip"))
     assert np.isnan(measured(mesh=mesh, nonfinite="propagate").alpha)
     # On the mesh a batch is of the next four examples of each device.
     message = r"got 1 of 32 .* index 3\." if where == "host" else r"got 3 of 32 .* index 3\."
@@ -237,16 +209,16 @@ def test_what_is_not_finite_is_told_apart_on_a_mesh(where):
 
 
 def test_the_axis_of_the_examples_is_named_or_plain():
-    mesh = _mesh(2, 4, names=("replica", "model"))
+    mesh = mesh_of(2, 4, names=("replica", "model"))
     with pytest.raises(
         ValueError, match=r"Expected data_axis, the axis of the mesh .*\('replica', 'model'\), got None"
     ):
-        cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh)
+        cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, mesh=mesh)
     with pytest.raises(ValueError, match=r"Expected data_axis in \('replica', 'model'\).* got data_axis='data'"):
-        cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh, data_axis="data")
-    want = cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16)
-    _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=mesh, data_axis="replica"), want)
-    _same(cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, mesh=_mesh(8, names=("any",))), want)
+        cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, mesh=mesh, data_axis="data")
+    want = cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16)
+    for options in ({"mesh": mesh, "data_axis": "replica"}, {"mesh": mesh_of(8, names=("any",))}):
+        same_coherence(cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, **options), want)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +227,7 @@ def test_the_axis_of_the_examples_is_named_or_plain():
         ({"mesh": "all"}, TypeError, r"Expected mesh to be a jax\.sharding\.Mesh or None, got str"),
         ({"data_axis": "data"}, ValueError, r"Expected data_axis with mesh, got data_axis='data'"),
         (
-            {"mesh": _mesh(8), "data_axis": ("data",)},
+            {"mesh": mesh_of(8), "data_axis": ("data",)},
             ValueError,
             r"data_axis to be the name of one axis, got .*\('data',",
         ),
@@ -263,21 +235,21 @@ def test_the_axis_of_the_examples_is_named_or_plain():
 )
 def test_what_is_no_mesh_or_no_axis_is_refused(options, kind, message):
     with pytest.raises(kind, match=message):
-        cg.measure_coherence(loss_fn, _params(), _data(64), batch_size=16, **options)
+        cg.measure_coherence(loss_fn, PARAMS, _data(64), batch_size=16, **options)
 
 
 def test_inside_a_traced_function_it_says_what_to_take():
     measured = functools.partial(cg.measure_coherence, loss_fn, batch_size=16)
     with pytest.raises(TypeError, match=r"outside of jit, vmap and shard_map.* take coherence\(grad_moments"):
-        jax.jit(measured)(_params(), _data(64))
+        jax.jit(measured)(PARAMS, _data(64))
     with pytest.raises(TypeError, match=r"outside of jit"):
-        jax.jit(lambda data: measured(_params(), data))(_data(64))
+        jax.jit(lambda data: measured(PARAMS, data))(_data(64))
 
 
 @pytest.mark.parametrize("how", ["eager", "jit", "jit of a mesh that is set"])
 @pytest.mark.parametrize("divided", [False, True])
 def test_functions_of_a_batch_take_arrays_of_an_explicit_mesh(how, divided):
-    mesh, params, data = _mesh(2, 4, kind=AxisType.Explicit), _params(), _data(24)
+    mesh, params, data = mesh_of(2, 4, kind=AxisType.Explicit), PARAMS, _data(24)
     specs = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", "data"), "b2": P()} if divided else P()
     like = specs if divided else dict.fromkeys(params, P())
     there = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
@@ -308,13 +280,13 @@ def test_functions_of_a_batch_take_arrays_of_an_explicit_mesh(how, divided):
 
 
 def test_a_measurement_without_a_mesh_takes_arrays_of_an_explicit_one():
-    mesh, params, data = _mesh(8, kind=AxisType.Explicit), _params(), _data(72)
+    mesh, params, data = mesh_of(8, kind=AxisType.Explicit), PARAMS, _data(72)
     there = jax.device_put(params, NamedSharding(mesh, P())), jax.device_put(data, NamedSharding(mesh, P("data")))
     want = cg.measure_coherence(loss_fn, params, data, batch_size=16)
-    _same(cg.measure_coherence(loss_fn, *there, batch_size=16), want)
+    same_coherence(cg.measure_coherence(loss_fn, *there, batch_size=16), want)
     with jax.set_mesh(mesh):
-        _same(cg.measure_coherence(loss_fn, *there, batch_size=16), want)
-        _same(cg.measure_coherence(loss_fn, *there, batch_size=16, mesh=mesh), want)
+        same_coherence(cg.measure_coherence(loss_fn, *there, batch_size=16), want)
+        same_coherence(cg.measure_coherence(loss_fn, *there, batch_size=16, mesh=mesh), want)
 
 
 def test_a_loss_with_a_loop_and_integer_parameters_on_a_mesh():
@@ -324,5 +296,5 @@ def test_a_loss_with_a_loop_and_integer_parameters_on_a_mesh():
 
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32), "n": jnp.arange(3)}
     x = np.random.default_rng(1).normal(size=(21, 4)).astype(np.float32)
-    got = cg.measure_coherence(loss, params, x, batch_size=8, mesh=_mesh(8))
-    _same(got, cg.measure_coherence(loss, params, x, batch_size=8))
+    got = cg.measure_coherence(loss, params, x, batch_size=8, mesh=mesh_of(8))
+    same_coherence(got, cg.measure_coherence(loss, params, x, batch_size=8))

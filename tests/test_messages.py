@@ -2,6 +2,7 @@
 
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +100,7 @@ TAKERS = {
 )
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
 def test_what_numpy_can_read_is_converted(take, params, batch):
-    jax.tree.map(np.testing.assert_array_equal, take(params, batch), take(jnp.asarray(W), (X, Y)))
+    chex.assert_trees_all_equal(take(params, batch), take(jnp.asarray(W), (X, Y)))
 
 
 def test_loaders_and_files_are_read_batch_by_batch():

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import chex
 import hypothesis.extra.numpy as npst
 import jax
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ def test_merge_is_associative_commutative_and_zeros_are_neutral(a, b, c):
     whole = _moments({"w": np.concatenate(parts)})
     neutral = cg.merge(cg.GradMoments.zeros({"w": jnp.zeros(width)}), whole)
     for one in (left, right, neutral):
-        jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-12, atol=1e-8), one, whole)
+        chex.assert_trees_all_close(one, whole, rtol=1e-12, atol=1e-8)
 
 
 def test_merge_refuses_moments_of_other_parameters():

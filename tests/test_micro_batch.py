@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import mesh_of, trees_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,10 +31,6 @@ def _groups(tree):
     return [jax.tree.map(lambda leaf, j=j: leaf[j * B // K : (j + 1) * B // K], tree) for j in range(K)]
 
 
-def _close(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
-
-
 def test_batch_norm_in_training_mode_normalises_over_a_group():
     model = _Net()
     variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(0), X)
@@ -48,8 +45,8 @@ def test_batch_norm_in_training_mode_normalises_over_a_group():
     plain = jax.jit(jax.grad(loss_fn, has_aux=True))
     for j, group in enumerate(_groups((X, Y))):
         want, changed = plain(variables["params"], group)
-        _close(jax.tree.map(lambda leaf, j=j: leaf[j], grads), want)
-        _close(jax.tree.map(lambda leaf, j=j: leaf[j], statistics), changed)
+        trees_close(jax.tree.map(lambda leaf, j=j: leaf[j], grads), want)
+        trees_close(jax.tree.map(lambda leaf, j=j: leaf[j], statistics), changed)
     means = np.asarray(statistics["BatchNorm_0"]["mean"])
     assert (np.ptp(means, axis=0) > 0).all()  # each group has its own
 
@@ -76,8 +73,8 @@ def test_batch_norm_of_an_nnx_model():
     plain = jax.jit(jax.grad(loss_fn, has_aux=True))
     for j, group in enumerate(_groups((X, Y))):
         want, changed = plain(params, group)
-        _close(jax.tree.leaves(jax.tree.map(lambda leaf, j=j: leaf[j], grads)), jax.tree.leaves(want))
-        _close(jax.tree.leaves(jax.tree.map(lambda leaf, j=j: leaf[j], statistics)), jax.tree.leaves(changed))
+        trees_close(jax.tree.leaves(jax.tree.map(lambda leaf, j=j: leaf[j], grads)), jax.tree.leaves(want))
+        trees_close(jax.tree.leaves(jax.tree.map(lambda leaf, j=j: leaf[j], statistics)), jax.tree.leaves(changed))
 
 
 def _square(w, example):
@@ -97,9 +94,9 @@ W = {"w": jnp.asarray(RNG.normal(size=4), jnp.float32), "n": jnp.asarray(2)}
 def test_auxiliary_values_of_examples_have_the_batchs_axis(jit):
     made = cg.micro_batch_grads(_pair, K, has_aux=True)
     grads, aux = (jax.jit(made) if jit else made)(W, (X, Y))
-    _close(grads, cg.micro_batch_grads(_square, K)(W, (X, Y)))
+    trees_close(grads, cg.micro_batch_grads(_square, K)(W, (X, Y)))
     assert grads["n"] is None
-    _close(aux, {"loss": (X @ np.asarray(W["w"]) - Y) ** 2, "half": X / 2, "one": np.ones(B), "none": X[:, :0]})
+    trees_close(aux, {"loss": (X @ np.asarray(W["w"]) - Y) ** 2, "half": X / 2, "one": np.ones(B), "none": X[:, :0]})
 
 
 def test_the_loss_of_a_batch_and_that_of_its_examples_agree():
@@ -107,13 +104,13 @@ def test_the_loss_of_a_batch_and_that_of_its_examples_agree():
         return jax.vmap(_square, (None, 0))(w, batch).mean()
 
     want = cg.micro_batch_grads(_square, K)(W, (X, Y))
-    _close(cg.micro_batch_grads(mean_loss, K, batch_loss=True)(W, (X, Y)), want)
+    trees_close(cg.micro_batch_grads(mean_loss, K, batch_loss=True)(W, (X, Y)), want)
 
 
 @pytest.mark.parametrize("batch_loss", [False, True])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_auxiliary_values_on_a_mesh(kind, batch_loss):
-    mesh = jax.make_mesh((3, 2), ("x", "y"), axis_types=(kind,) * 2, devices=jax.devices()[:6])
+    mesh = mesh_of(3, 2, names=("x", "y"), kind=kind)
 
     def pair(w, example):
         loss = (example @ w) ** 2
@@ -126,7 +123,7 @@ def test_auxiliary_values_on_a_mesh(kind, batch_loss):
     w, x = W["w"], jnp.asarray(X)
     given = jax.device_put(w, NamedSharding(mesh, P("y"))), jax.device_put(x, NamedSharding(mesh, P("x")))
     for f in (made, jax.jit(made)):
-        _close(f(*given), made(w, x))
+        trees_close(f(*given), made(w, x))
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
@@ -135,12 +132,12 @@ def test_the_loss_of_a_batch_inside_shard_map(check_vma):
         losses = jax.vmap(_square, (None, 0))(w, batch)
         return losses.mean(), losses.max()
 
-    mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:3])
+    mesh = mesh_of(3)
     made = cg.micro_batch_grads(mean_loss, 1, batch_loss=True, has_aux=True)
     w = {"w": W["w"]}
     mapped = jax.shard_map(made, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=check_vma)
     want = cg.micro_batch_grads(mean_loss, 3, batch_loss=True, has_aux=True)(w, (X, Y))
-    _close(jax.jit(mapped)(w, (X, Y)), want)
+    trees_close(jax.jit(mapped)(w, (X, Y)), want)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from helpers import close_to_scale
 
 import cg_jax as cg
 from benchmarks.models import GPT, ViT
@@ -111,13 +112,6 @@ def _filled(tree):
     return jax.tree_util.tree_map_with_path(_values, tree)
 
 
-def _close(got, want, scales=None, least=0.0):
-    """Within 1e-11 of each tensor's own scale, or of the part `least` of the largest: some gradients are exactly 0."""
-    scales = np.array(scales or [np.abs(b).max() for b in want])
-    for a, b, scale in zip(got, want, np.maximum(scales, least * scales.max()), strict=True):
-        np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=1e-11 * scale)
-
-
 def _check(loss_fn, params, seeds):
     """The engine on each seed's 8 examples, on each alone, on their first 3 and first 1, and with an uneven mask."""
     losses, grads = oracle.per_example(loss_fn, params, jax.tree.map(lambda *rows: np.concatenate(rows), *seeds))
@@ -130,9 +124,9 @@ def _check(loss_fn, params, seeds):
                 want = oracle.statistics(some_losses, some, rows)
                 moments = whole(params, batch, np.isin(np.arange(size), rows))
                 assert moments.count == len(rows)
-                _close([moments.sum_losses], [want.losses.sum()], [np.abs(want.losses).sum()])
-                _close(jax.tree.leaves(moments.sum_grads), want.sum_grads, want.summed, 1e-4)
-                _close(jax.tree.leaves(moments.sum_sq_norms), want.sum_sq_norms, None, 1e-8)
+                close_to_scale([moments.sum_losses], [want.losses.sum()], 1e-11, [np.abs(want.losses).sum()])
+                close_to_scale(jax.tree.leaves(moments.sum_grads), want.sum_grads, 1e-11, want.summed, 1e-4)
+                close_to_scale(jax.tree.leaves(moments.sum_sq_norms), want.sum_sq_norms, 1e-11, least=1e-8)
 
 
 # The others have layers of the same kinds, and take longer to compile.

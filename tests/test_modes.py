@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import mesh_of
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
@@ -29,7 +29,7 @@ def mean_loss(p, rows):
 def given():
     """Arrays on a device: jit refuses others where transfers are guarded."""
     params = {"w": jnp.asarray([0.3, -0.2]), "b": jnp.asarray(0.5), "n": jnp.asarray(3)}
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = mesh_of(2)
     grads = jax.device_put(ROWS[:2], jax.sharding.NamedSharding(mesh, P("data")))
     moments = cg.grad_moments(loss_fn)(params, X)
     zero = {"w": jnp.zeros(2), "dead": jnp.zeros(2)}  # opposed gradients, and none

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import close_to_scale
 
 from cg_jax import ghost, trees
 
@@ -21,10 +22,6 @@ def _numbers(name):
 def _direction(params):
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), trees.partition(params)[0])
-
-
-def _close(got, want, scale):
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=1e-11 * max(scale, 1e-300))
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -44,7 +41,7 @@ def test_weighted_sums_and_alignments_are_those_of_the_oracle(name):
             sums, along = measured(params, batch, keep, jnp.asarray(WEIGHTS), direction)
             for got, grad in zip(jax.tree.leaves(sums), grads, strict=True):
                 terms = np.einsum("b...,b->b...", grad, WEIGHTS * kept)
-                _close(got, terms.sum(0), np.abs(terms).sum(0).max(initial=0))
+                close_to_scale([got], [terms.sum(0)], 1e-11, [np.abs(terms).sum(0).max(initial=0)])
             terms = [
                 grad.reshape(cases.B, -1) @ np.asarray(v).ravel()
                 for grad, v in zip(grads, jax.tree.leaves(direction), strict=True)
@@ -52,7 +49,7 @@ def test_weighted_sums_and_alignments_are_those_of_the_oracle(name):
             size = np.sqrt(
                 sum(np.square(g).sum() for g in grads) * sum(np.square(v).sum() for v in jax.tree.leaves(direction))
             )
-            _close(along, sum(terms) * kept, size)
+            close_to_scale([along], [sum(terms) * kept], 1e-11, [size])
 
 
 def test_one_pass_is_one_forward_and_one_backward_pass():

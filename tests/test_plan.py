@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import temporary_bytes
 from jax import lax
 
 import cg_jax as cg
@@ -116,10 +117,6 @@ def test_results_do_not_depend_on_max_bytes(name):
                 np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def _temporary_bytes(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-
-
 def test_max_bytes_bounds_what_is_built_for_a_tied_embedding():
     table, ids = jnp.ones((4096, 64)), jnp.zeros((64, 8), jnp.int32)
 
@@ -127,15 +124,15 @@ def test_max_bytes_bounds_what_is_built_for_a_tied_embedding():
         return jax.nn.logsumexp(e[ids] @ e.T, axis=-1).mean()
 
     def bytes_at(limit):
-        return _temporary_bytes(lambda e, x: cg.grad_moments(loss_fn, max_bytes=limit)(e, x), table, ids)
+        return temporary_bytes(lambda e, x: cg.grad_moments(loss_fn, max_bytes=limit)(e, x), table, ids)
 
-    plain = _temporary_bytes(
+    plain = temporary_bytes(
         lambda e, x: jax.grad(lambda e: jax.vmap(loss_fn, in_axes=(None, 0))(e, x).mean())(e), table, ids
     )
     batch_times_table = 4 * ids.shape[0] * table.size
     assert bytes_at(4 * table.size * 4) <= 1.05 * plain
     assert bytes_at(4 * batch_times_table) > batch_times_table
-    assert _temporary_bytes(lambda e, x: cg.grad_moments(loss_fn, method="vmap")(e, x), table, ids) > batch_times_table
+    assert temporary_bytes(lambda e, x: cg.grad_moments(loss_fn, method="vmap")(e, x), table, ids) > batch_times_table
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -159,9 +156,9 @@ def test_a_checkpointed_program_keeps_its_memory_but_for_what_the_rules_need(sta
         return jax.grad(lambda p: jax.vmap(f, in_axes=(None, 0))(p, x).mean())(p)
 
     params, x = jnp.ones((layers, width, width)), jnp.ones((batch, size, width))
-    plain = _temporary_bytes(gradient, params, x)
-    without = _temporary_bytes(lambda p, x: gradient(p, x, lambda p, x: loss_fn(p, x, block)), params, x)
-    ours = _temporary_bytes(lambda p, x: cg.grad_moments(loss_fn)(p, x), params, x)
+    plain = temporary_bytes(gradient, params, x)
+    without = temporary_bytes(lambda p, x: gradient(p, x, lambda p, x: loss_fn(p, x, block)), params, x)
+    ours = temporary_bytes(lambda p, x: cg.grad_moments(loss_fn)(p, x), params, x)
     # The input and the cotangent of every product; a scan also takes the zeros that the cotangents are those of.
     kept = (3 if stacked else 2) * layers * x.size * 4
     assert ours <= 1.1 * plain + kept

@@ -4,6 +4,7 @@ import ast
 import inspect
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,4 +232,4 @@ def test_barriers_of_several_slices_in_a_scan():
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(3, 4, 4)).astype(np.float32), "b": rng.normal(size=(3, 4)).astype(np.float32)}
     got, want = (cg.per_example_sq_norms(loss_fn, method=m)(params, X[:, 0]) for m in ("ghost", "vmap"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-5)

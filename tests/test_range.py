@@ -1,9 +1,11 @@
 """Numbers that leave the range of a dtype on the way, where the result fits; and arrays without an entry."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mesh_of
 from jax import lax
 
 import cg_jax as cg
@@ -72,7 +74,7 @@ def test_moments_are_added_by_merging():
 
 
 def test_a_sharded_batch_is_not_gathered_under_jit():
-    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    mesh = mesh_of(4)
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
     def loss_fn(p, x):
@@ -87,4 +89,4 @@ def test_a_sharded_batch_is_not_gathered_under_jit():
     assert " while(" in text  # the examples of a device are taken in chunks
     assert not any(each in text for each in ("all-gather(", "all-to-all(", "collective-permute("))
     got, want = compiled(params, jax.device_put(x, spread)), cg.grad_moments(loss_fn)(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got, want)
+    chex.assert_trees_all_close(got, want, rtol=2e-5)

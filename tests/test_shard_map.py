@@ -1,24 +1,17 @@
 """Inside the user's own shard_map and pmap: parameters the same on all devices, each device with its own examples."""
 
-import functools
-
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from helpers import mesh_of
 from jax.sharding import PartitionSpec as P
 
 import cg_jax as cg
 
 N, EACH = 2, 2
 HOW = ["checked", "unchecked", "pmap"]
-
-
-@functools.cache
-def _mesh():
-    return jax.make_mesh((N,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:N])
 
 
 def _part(batch, device):
@@ -38,7 +31,7 @@ def _on_devices(f, how, params, batch, *more):
             return jax.tree.map(lambda leaf: leaf[None], f(params, batch, *more))
 
         specs = (P(), P("data"), *(P() for _ in more))
-        mapped = jax.shard_map(one, mesh=_mesh(), in_specs=specs, out_specs=P("data"), check_vma=how == "checked")
+        mapped = jax.shard_map(one, mesh=mesh_of(N), in_specs=specs, out_specs=P("data"), check_vma=how == "checked")
         out = jax.jit(mapped)(params, batch, *more)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(N)]
 
@@ -145,7 +138,7 @@ def test_a_parameter_of_each_device_makes_the_gradients_of_shared_ones_its_own(c
         return jax.tree.map(lambda leaf: leaf[None], [f(mine, x) for f in functions])
 
     specs = ({"shared": P(), "own": P("data"), "id": P("data")}, P())
-    mapped = jax.shard_map(one, mesh=_mesh(), in_specs=specs, out_specs=P("data"), check_vma=checked)
+    mapped = jax.shard_map(one, mesh=mesh_of(N), in_specs=specs, out_specs=P("data"), check_vma=checked)
     got = jax.jit(mapped)(params, x)
     for i in range(N):
         mine = params | {"own": params["own"][i], "id": params["id"][i]}
@@ -169,7 +162,7 @@ def test_a_layer_divided_over_devices_whose_parts_are_summed_is_left_to_jax():
         found = f(p, x)
         return found._replace(sum_sq_norms=found.sum_sq_norms | {n: found.sum_sq_norms[n][None] for n in ("a", "b")})
 
-    got = jax.jit(jax.shard_map(one, mesh=_mesh(), in_specs=(specs, P()), out_specs=out))(params, x)
+    got = jax.jit(jax.shard_map(one, mesh=mesh_of(N), in_specs=(specs, P()), out_specs=out))(params, x)
     whole = lambda p, x: ((jnp.tanh(x @ p["a"]) @ p["b"] + p["c"]).sum()) ** 2  # noqa: E731
     want = cg.grad_moments(whole)(params, x)
     _close(got.sum_grads, want.sum_grads)
@@ -208,7 +201,7 @@ def test_zeros_are_the_carry_of_a_scan(how):
 
 def test_zeros_of_a_mesh_with_two_axes():
     """By default they vary over both; of the data axis alone, the total is the same along the other."""
-    mesh = jax.make_mesh((2, 2), ("data", "other"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    mesh = mesh_of(2, 2, names=("data", "other"))
     loss = lambda w, x: (w @ x) ** 2  # noqa: E731
     w, x = jnp.arange(3.0), np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     want = cg.grad_moments(loss)(w, x)
@@ -234,7 +227,7 @@ def test_zeros_of_parameters_divided_over_devices_vary_as_they_do():
 
     w, x = jnp.arange(4.0), np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     out = cg.GradMoments(P(), P(), P("data"), P("data"))
-    over = jax.shard_map(total, mesh=_mesh(), in_specs=(P("data"), P(None, "data")), out_specs=out)
+    over = jax.shard_map(total, mesh=mesh_of(N), in_specs=(P("data"), P(None, "data")), out_specs=out)
     got, want = jax.jit(over)(w, x), cg.grad_moments(lambda w, x: (w @ x) ** 2)(w, x)
     _close(got.sum_grads, want.sum_grads)
     _close(got.sum_sq_norms.sum(), want.sum_sq_norms)

@@ -1,10 +1,12 @@
 """The stored gradients of `consecutive` and `rolling`: dtypes, shardings, leaves without a gradient."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import memory, mesh_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -97,22 +99,12 @@ def test_slots_of_no_floating_dtype(make):
         make(accumulator_dtype=jnp.int32)
 
 
-def _temporary(transform, dtype):
-    params = jax.ShapeDtypeStruct((1 << 20,), dtype)
-    state = jax.eval_shape(transform.init, params)
-    program = jax.jit(transform.update, donate_argnums=1).lower(params, state).compile()
-    return program.memory_analysis()
-
-
 @pytest.mark.parametrize("transform", [cg.rm3(), cg.m3(optax.sgd(0.1))])
 def test_slots_wider_than_the_gradients_are_written_in_place(transform):
-    memory = _temporary(transform, jnp.bfloat16)
-    assert memory.alias_size_in_bytes >= 2 * 4 * (1 << 20)
-    assert memory.temp_size_in_bytes < 4 * (1 << 20) / 50
-
-
-def _mesh(kind):
-    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    params = jax.ShapeDtypeStruct((1 << 20,), jnp.bfloat16)
+    used = memory(transform.update, params, jax.eval_shape(transform.init, params), donate=1)
+    assert used.alias_size_in_bytes >= 2 * 4 * (1 << 20)
+    assert used.temp_size_in_bytes < 4 * (1 << 20) / 50
 
 
 SPECS = {"w": P("x", "y"), "b": P("y"), "whole": P()}
@@ -128,7 +120,7 @@ def _sharded(mesh):
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_slots_are_sharded_as_their_parameters(kind, jit):
-    mesh = _mesh(kind)
+    mesh = mesh_of(4, 2, names=("x", "y"), kind=kind)
     params = _sharded(mesh)
     for transform, leading in ((cg.rm3(), ()), (cg.m3(optax.sgd(0.1)), (None,))):
         grads = (jax.jit(transform.init) if jit else transform.init)(params).grads
@@ -144,7 +136,7 @@ def test_slots_are_sharded_as_their_parameters(kind, jit):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_updates_on_a_mesh_stay_sharded_and_are_those_of_one_device(kind, name, jit):
     transform, rng = MAKERS[name](), np.random.default_rng(0)
-    params = _sharded(_mesh(kind))
+    params = _sharded(mesh_of(4, 2, names=("x", "y"), kind=kind))
     plain = jax.tree.map(np.zeros_like, jax.tree.map(np.asarray, params))
     state, plain_state = transform.init(params), transform.init(plain)
     update = jax.jit(transform.update) if jit else transform.update
@@ -154,7 +146,7 @@ def test_updates_on_a_mesh_stay_sharded_and_are_those_of_one_device(kind, name, 
         gradients = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), values, params)
         updates, state = update(gradients, state, params)
         want, plain_state = transform.update(values, plain_state, plain)
-        jax.tree.map(np.testing.assert_array_equal, updates, want)
+        chex.assert_trees_all_equal(updates, want)
     for leaf, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
         assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
 
@@ -173,7 +165,7 @@ def test_slots_vary_inside_shard_map_as_their_parameters_do():
             updates, state = transform.update(gradient, state, w)
         return updates
 
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(4)
     values = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     mapped = jax.shard_map(three, mesh=mesh, in_specs=(P("data"), P(None, "data")), out_specs=P("data"))
     np.testing.assert_array_equal(jax.jit(mapped)(jnp.zeros(4), values), np.median(values, axis=0))
@@ -185,7 +177,7 @@ def test_gradients_that_differ_between_devices_do_not_go_into_a_shared_state():
         def update(w, x, transform=transform):
             return transform.update(w * x[0], transform.init(w))[0]
 
-        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+        mesh = mesh_of(4)
         mapped = jax.shard_map(update, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
         with pytest.raises(ValueError, match=r"got updates that varies over 'data'; put cg_jax\.across_devices or"):
             jax.jit(mapped)(jnp.ones(()), jnp.ones(4))
@@ -210,6 +202,10 @@ def test_python_numbers_are_gradients(name):
     assert updates["b"].dtype == jnp.float32
 
 
+def loss_of_whole(p, x):
+    return (p["w"] * x).sum() * p["steps"].sum()
+
+
 WHOLE = {"w": jnp.ones(2), "steps": jnp.arange(3), "on": jnp.asarray(True)}
 
 
@@ -226,12 +222,9 @@ WHOLE = {"w": jnp.ones(2), "steps": jnp.arange(3), "on": jnp.asarray(True)}
 )
 @pytest.mark.parametrize("absent", ["None", "float0"])
 def test_integer_parameters_pass_through_apply_updates(transform, leading, absent):
-    def loss_fn(p, x):
-        return (p["w"] * x).sum() * p["steps"].sum()
-
-    grads = cg.micro_batch_grads(loss_fn, 3)(WHOLE, jnp.ones((3, 2)))
+    grads = cg.micro_batch_grads(loss_of_whole, 3)(WHOLE, jnp.ones((3, 2)))
     if absent == "float0":
-        grads = jax.vmap(jax.grad(loss_fn, allow_int=True), (None, 0))(WHOLE, jnp.ones((3, 2)))
+        grads = jax.vmap(jax.grad(loss_of_whole, allow_int=True), (None, 0))(WHOLE, jnp.ones((3, 2)))
     if leading == ():
         grads = jax.tree.map(lambda leaf: leaf[0], grads)
     params, state = WHOLE, transform.init(WHOLE)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import compilations, mesh_of, trees_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from takers import TAKERS, W, X, loss_fn, mesh, programs, same, suited
+from takers import TAKERS, W, X, loss_fn, suited
 
 import cg_jax as cg
 
@@ -32,28 +33,29 @@ def _closed_over(seed):
 def test_state_is_the_third_argument_and_new_values_compile_nothing(name):
     take, f, closed = TAKERS[name], suited(with_state, name), suited(_closed_over(1), name)
     take(f, state=_state(0))
-    before = programs()
-    got = take(f, state=_state(1))
-    assert programs() == before
+    state = _state(1)
+    with compilations() as names:
+        got = take(f, state=state)
+    assert not names
     want = take(closed)
     if name == "explain":
         assert got[0].rule == want[0].rule
     else:
-        same(got, want)
+        trees_close(got, want)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_state_lies_on_the_mesh_as_it_did(kind):
-    where = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    where = mesh_of(4, 2, kind=kind)
     state = _state(1)
     placed = state | {"mean": jax.device_put(state["mean"], NamedSharding(where, P("model")))}
     want = cg.measure_coherence(with_state, W, X, batch_size=8, state=state, confidence=True)
     for given in (state, placed):
         for estimator in ("exact", "signs"):
             got = cg.measure_coherence(with_state, W, X, batch_size=8, state=given, mesh=where, estimator=estimator)
-            same((got.loss, got.mean_grad_norm), (want.loss, want.mean_grad_norm))
+            trees_close((got.loss, got.mean_grad_norm), (want.loss, want.mean_grad_norm))
         got = cg.measure_coherence(with_state, W, X, batch_size=8, state=given, mesh=where, confidence=True)
-        same((got.alpha, got.alpha_stderr), (want.alpha, want.alpha_stderr))
+        trees_close((got.alpha, got.alpha_stderr), (want.alpha, want.alpha_stderr))
 
 
 def test_a_state_of_each_device_makes_gradients_its_own():
@@ -74,7 +76,7 @@ def test_a_state_of_each_device_makes_gradients_its_own():
     want = np.outer(scales, cg.grad_moments(loss_fn)(W, X).sum_grads)
     for closed in (False, True):
         f = functools.partial(each, closed)
-        over = jax.shard_map(f, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=P("data"))
+        over = jax.shard_map(f, mesh=mesh_of(8), in_specs=(P(), P(), P("data")), out_specs=P("data"))
         for got in jax.jit(over)(W, X, scales):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -90,12 +92,11 @@ def test_running_averages_of_batch_normalisation_are_state():
         logits = model.apply({"params": params, "batch_stats": batch_stats}, x[None])[0]
         return -jax.nn.log_softmax(logits)[y]
 
-    before = None
     for shift in (0.0, 0.5, 1.0):
         stats = jax.tree.map(lambda leaf, s=shift: leaf + s, variables["batch_stats"])
-        got = cg.measure_coherence(loss, variables["params"], (X, labels), batch_size=8, state=stats)
-        assert before in (None, programs())
-        before = programs()
+        with compilations() as names:
+            got = cg.measure_coherence(loss, variables["params"], (X, labels), batch_size=8, state=stats)
+        assert bool(names) == (shift == 0.0)
         closed = lambda p, e, s=stats: loss(p, e, s)  # noqa: E731
         grads = jax.vmap(jax.grad(closed), (None, 0))(variables["params"], (X, labels))
         flat = np.concatenate([np.reshape(g, (8, -1)) for g in jax.tree.leaves(grads)], 1).astype(np.float64)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import temporary_bytes
 from jax import lax
 
 import cg_jax as cg
@@ -195,10 +196,7 @@ def test_layers_in_a_scan_take_the_memory_of_a_plain_gradient():
     def plain(p, x):
         return jax.grad(lambda p: jax.vmap(loss_fn, in_axes=(None, 0))(p, x).mean())(p)
 
-    def bytes_of(f):
-        return jax.jit(f).lower(params, x).compile().memory_analysis().temp_size_in_bytes
-
-    assert bytes_of(lambda p, x: cg.grad_moments(loss_fn)(p, x)) <= 1.5 * bytes_of(plain)
+    assert temporary_bytes(cg.grad_moments(loss_fn), params, x) <= 1.5 * temporary_bytes(plain, params, x)
 
 
 @pytest.mark.parametrize("positions", [(), (3,)])
