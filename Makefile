@@ -6,7 +6,7 @@ PYTHON_NEWEST ?= $(shell for p in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/p
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # What `test-jax` runs on the lowest and the newest releases.
-CORE := activity aggregate collective compiled edge_cases estimator_objects measure pass primitives shard_map
+CORE := activity aggregate collective compiled edge_cases estimator_objects helpers measure pass primitives shard_map
 JAX := $(shell grep '^jax==' requirements.txt)
 
 .PHONY: demo test test-all test-jax coverage lint types bench clean

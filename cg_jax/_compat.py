@@ -117,8 +117,3 @@ def bound_axes() -> tuple[str, ...]:
 def tracked_axes() -> frozenset[str]:
     """The axes of the enclosing shard_map over which JAX tracks varying values."""
     return frozenset(axis for axis in bound_axes() if axis in _varying(jax.lax.axis_index(axis)))
-
-
-def cache_size(jitted: Any) -> int:
-    """The number of compiled programs that a jitted function holds."""
-    return jitted._cache_size()

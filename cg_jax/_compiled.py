@@ -89,22 +89,14 @@ class Compiled:
 
     def __init__(self, body: Callable[..., Any], static: int, donate: tuple[int, ...] = (), taker: str = "") -> None:
         self.body, self.static, self.donate, self.taker = body, static, donate, taker
-        self.size = 0
 
     def __call__(self, programs: Programs, *arguments: Any) -> Any:
         program = self._program(programs, arguments)
-        before = _compat.cache_size(program)
-        out = program(*arguments[self.static :])
-        self.size += max(0, _compat.cache_size(program) - before)
-        return out
+        return program(*arguments[self.static :])
 
     def lower(self, programs: Programs, *arguments: Any) -> Any:
         """As `jax.stages.Wrapped.lower`."""
         return self._program(programs, arguments).lower(*arguments[self.static :])
-
-    def _cache_size(self) -> int:
-        """The number of programs compiled so far, including those of freed losses."""
-        return self.size
 
     def _program(self, programs: Programs, arguments: tuple[Any, ...]) -> Any:
         static, arrays = arguments[: self.static], arguments[self.static :]

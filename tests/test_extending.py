@@ -82,7 +82,7 @@ def test_an_estimator(devices):
 @pytest.mark.parametrize("devices", [None, 8])
 def test_an_estimator_skips_a_shard_or_a_batch_that_is_not_finite(devices):
     _names("Add an estimator")
-    mesh = None if devices is None else jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = None if devices is None else mesh_of(devices)
     spoilt = X.copy()
     spoilt[3] = np.nan
     got = cg.measure_coherence(
