@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+import pytest
 
 # Programs that several tests, workers or child processes compile are compiled once.
 _CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
@@ -15,3 +16,10 @@ jax.config.update(
 )
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _estimators_registered_by_a_test_go_with_it(monkeypatch):
+    from cg_jax import estimators  # after the modes are set
+
+    monkeypatch.setattr(estimators, "_BY_NAME", dict(estimators._BY_NAME))

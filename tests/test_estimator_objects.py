@@ -111,12 +111,10 @@ class Subsample(cg.Estimator):
         return cg.coherence(state, num_skipped=num_skipped)
 
 
-cg.register_estimator("subsample", Subsample)
-
-
 @pytest.mark.parametrize("devices", [None, 8])
 @pytest.mark.parametrize("estimator", ["subsample", Subsample(step=2)])
 def test_a_fourth_estimator_is_one_class_and_one_line(estimator, devices):
+    cg.register_estimator("subsample", Subsample)
     mesh = devices and mesh_of(devices)
     got = cg.measure_coherence(loss_fn, W, X, batch_size=16, estimator=estimator, mesh=mesh)
     step = 3 if estimator == "subsample" else estimator.step
