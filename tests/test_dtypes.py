@@ -188,7 +188,6 @@ def test_the_estimate_of_batches_fits_where_the_square_of_the_sum_does_not():
         sum_losses=zero,
         sum_grads=jnp.full(1, m * size),
         sq_means=jnp.float32(m / k * size**2),
-        pairs=jnp.int32(4),
         sum_apart=zero,
         sum_sq_apart=zero,
         previous=jnp.zeros(1),

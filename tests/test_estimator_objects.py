@@ -107,9 +107,6 @@ class Subsample(cg.Estimator):
     def moments(self, state):
         return state
 
-    def finalize(self, state, num_skipped):
-        return cg.coherence(state, num_skipped=num_skipped)
-
 
 @pytest.mark.parametrize("devices", [None, 8])
 @pytest.mark.parametrize("estimator", ["subsample", Subsample(step=2)])

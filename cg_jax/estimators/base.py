@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cg_jax import trees
 from cg_jax._loss import LossFn
 from cg_jax._types import PyTree
-from cg_jax.metrics import Coherence
+from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments
 
 
@@ -74,9 +74,9 @@ class Estimator(abc.ABC):
     def moments(self, state: Any) -> GradMoments:
         """The moments that the state holds or estimates. All ratios follow from them."""
 
-    @abc.abstractmethod
     def finalize(self, state: Any, num_skipped: Any) -> Coherence:
         """The coherence that follows from the sums of all batches."""
+        return coherence(self.moments(state), num_skipped=num_skipped)
 
     def revisit(self, problem: Problem, measured: PyTree, rows: PyTree, ids: jax.Array, values: jax.Array) -> jax.Array:
         """A sum over a batch, given `measured` = (mean gradient, α, mean ‖gᵢ‖²) and the `OfRows.values`.

@@ -10,7 +10,7 @@ from cg_jax import trees
 from cg_jax._loss import checked_loss, require_dependence_on
 from cg_jax._types import PyTree
 from cg_jax.estimators.base import Estimator, OfRows, Problem, all_finite, of_few, where_squares_fit
-from cg_jax.metrics import Coherence, coherence
+from cg_jax.metrics import Coherence
 from cg_jax.moments import GradMoments
 
 
@@ -31,9 +31,9 @@ class BatchState(NamedTuple):
     sum_losses: jax.Array
     sum_grads: PyTree
     sq_means: PyTree  # Σ_b ‖mean gradient of batch b‖² of each tensor
-    pairs: jax.Array  # of batches: each second batch with the one before it
-    sum_apart: jax.Array  # Σ over pairs of half the squared distance of their mean gradients
-    sum_sq_apart: jax.Array  # Σ over pairs of its square
+    # Over pairs of batches, each second one with the one before it:
+    sum_apart: jax.Array  # Σ of half the squared distance of their mean gradients
+    sum_sq_apart: jax.Array  # Σ of its square
     previous: PyTree  # the mean gradient of the last batch, like the parameters
 
 
@@ -66,9 +66,9 @@ class Batch(Estimator):
         return sums, OfRows(is_bad, jnp.zeros(ids.shape, loss.dtype))
 
     def init(self, sums: BatchSums) -> BatchState:
-        """No batch, and no pair."""
+        """The shapes of sums over no batch."""
         loss, count = sums.sum_losses, sums.count
-        return BatchState(count, count, loss, sums.sum_grads, sums.sq_means, count, loss, loss, sums.sum_grads)
+        return BatchState(count, count, loss, sums.sum_grads, sums.sq_means, loss, loss, sums.sum_grads)
 
     def update(self, state: BatchState, sums: BatchSums) -> BatchState:
         """The state with one more batch.
@@ -88,7 +88,6 @@ class Batch(Estimator):
             sum_losses=sum_losses,
             sum_grads=sum_grads,
             sq_means=sq_means,
-            pairs=state.pairs + is_second.astype(jnp.int32),
             sum_apart=state.sum_apart + jnp.where(is_second, apart, 0),
             sum_sq_apart=state.sum_sq_apart + jnp.where(is_second, apart**2, 0),
             previous=jax.tree.map(lambda new, old: jnp.where(is_added, new, old), grads, state.previous),
@@ -111,14 +110,14 @@ class Batch(Estimator):
 
     def finalize(self, state: BatchState, num_skipped: Any) -> Coherence:
         """V consists of N − 1 squared distances, each with the variance of half the squared distance of a pair."""
-        measured = coherence(self.moments(state), num_skipped=num_skipped)
+        measured = super().finalize(state, num_skipped)
         _, number, c = _sizes(state)
-        pairs = state.pairs.astype(state.sum_apart.dtype)
+        pairs = (state.number // 2).astype(state.sum_apart.dtype)
         mean = state.sum_apart / pairs
         variance = jnp.maximum(state.sum_sq_apart / pairs - mean**2, 0) * pairs / (pairs - 1)
         variance = jnp.where(pairs > 1, variance, jnp.nan)
         error = jnp.sqrt(variance / (number - 1)) * (number - 1) / number
-        error = of_few(where_squares_fit(mean, error), state.pairs - 1)
+        error = of_few(where_squares_fit(mean, error), state.number // 2 - 1)
         stderr = measured.alpha**2 * error / (c * measured.mean_grad_norm**2)
         return dataclasses.replace(measured, alpha_stderr=stderr)
 

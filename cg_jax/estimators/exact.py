@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from cg_jax import _validate, trees
 from cg_jax._types import PyTree
 from cg_jax.estimators.base import Estimator, OfRows, Problem
-from cg_jax.metrics import Coherence, coherence
 from cg_jax.moments import GradMoments
 from cg_jax.per_example import aligned
 from cg_jax.statistics import METHODS, batch_statistics, fill_masked, to_moments
@@ -60,10 +59,6 @@ class Exact(Estimator):
     def moments(self, state: GradMoments) -> GradMoments:
         """The state itself."""
         return state
-
-    def finalize(self, state: GradMoments, num_skipped: int) -> Coherence:
-        """The coherence of the moments."""
-        return coherence(state, num_skipped=num_skipped)
 
     def revisit(self, problem: Problem, measured: PyTree, rows: PyTree, ids: jax.Array, values: jax.Array) -> jax.Array:
         """Σ uᵢ² over a batch. uᵢ/m is the derivative of α with respect to the weight of example i."""

@@ -10,7 +10,7 @@ from cg_jax import _validate, trees
 from cg_jax._loss import checked_loss, require_dependence
 from cg_jax._types import PyTree
 from cg_jax.estimators.base import Estimator, OfRows, Problem, all_finite, of_few, where_squares_fit
-from cg_jax.metrics import Coherence, coherence
+from cg_jax.metrics import Coherence
 from cg_jax.moments import GradMoments
 from cg_jax.statistics import fill_masked
 
@@ -61,8 +61,7 @@ class Signs(Estimator):
         losses, pull = jax.vjp(lambda p: jax.vmap(loss, (None, 0))(p, rows), kept)
         weights = jnp.concatenate([jnp.ones_like(losses)[None], _draws(problem, losses, ids)])
         totals = [trees.accumulate(pull(jnp.where(mask, w, 0))[0]) for w in weights]
-        # If all rows are masked, the results of the first row may still be NaN.
-        total, *signed = jax.tree.map(lambda leaf: jnp.where(mask.any(), leaf, 0), totals)
+        total, *signed = totals
         squares = [trees.sq_norms(each) for each in signed]
         one, other = map(trees.total, squares)
         losses = jnp.where(mask, losses, 0).astype(trees.accumulator_dtype(losses.dtype))
@@ -84,7 +83,7 @@ class Signs(Estimator):
 
     def finalize(self, state: SignsState, num_skipped: Any) -> Coherence:
         """α from the estimate of Q. Its error follows from the difference between the draws."""
-        measured = coherence(self.moments(state), num_skipped=num_skipped)
+        measured = super().finalize(state, num_skipped)
         mean = state.sum_both / state.number.astype(state.sum_both.dtype)
         error = where_squares_fit(mean, jnp.sqrt(state.sum_sq_half_differences)) / (state.sum_both / 2)
         return dataclasses.replace(measured, alpha_stderr=measured.alpha * of_few(error, state.number))

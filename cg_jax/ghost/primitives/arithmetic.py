@@ -94,15 +94,7 @@ ENTRIES = (
     | {
         "sub": dataclasses.replace(_SUM, is_sum=False, pull=_pull_difference),
         "neg": Primitive(is_linear=True, pull=_pull_negative, spread=_spread, passes=True),
-        "mul": Primitive(
-            is_elementwise=True,
-            is_widened=True,
-            is_linear=True,
-            pull=_pull_product,
-            spread=_spread,
-            passes=True,
-            is_differentiable=True,
-        ),
+        "mul": dataclasses.replace(_SUM, is_sum=False, pull=_pull_product),
         "div": dataclasses.replace(_OF_TWO, is_widened=True, is_differentiable=True),
         "rem": Primitive(is_elementwise=True),
     }
