@@ -99,6 +99,12 @@ def vary_like(tree: Any, other: Any) -> Any:
     return jax.tree.map(lambda leaf, like: vary(leaf, _varying(like)), tree, other)
 
 
+def sum_over(value: Any, but: frozenset[str]) -> Any:
+    """The sum of an array over the devices of the axes that it varies over, `but` these."""
+    axes = tuple(sorted(_varying(value) - but))
+    return jax.lax.psum(value, axes) if axes else value
+
+
 def all_gather_invarying(tile: Any, axis_name: Any) -> Any:
     """Concatenate the tiles of all devices. The result is replicated."""
     return jax.lax.all_gather(tile, axis_name, tiled=True, to="invarying")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _validate, trees
+from cg_jax import _compat, _validate, trees
 from cg_jax._loss import LossFn, checked_pair, example_of, has_empty
 from cg_jax._types import PyTree
 from cg_jax.ghost import capture, cost
@@ -128,18 +128,25 @@ def sums(of: Pass) -> PyTree:
     return _like_params(of, lambda tensors: tensors.sums(of), lambda leaf, dtype: jnp.zeros(leaf.shape, dtype))
 
 
-def weighted_sums(of: Pass, weights: jax.Array) -> PyTree:
-    """Σ wᵢ gᵢ for any real weights [B], like the parameters, in the accumulator dtype."""
-    by_tensors: Callable[[Tensors], ByParameter] = lambda tensors: tensors.weighted_sums(of, weights)  # noqa: E731
+def weighted_sums(of: Pass, weights: PyTree) -> PyTree:
+    """Σ wᵢ gᵢ, like the parameters, in the accumulator dtype. Any real weights [B], or [B] for each tensor."""
+    leaves = jax.tree.leaves(weights)
+    if isinstance(weights, jax.Array):
+        leaves *= len(jax.tree.leaves(of.kept))
+    by_parameter = dict(enumerate(leaves))
+    by_tensors: Callable[[Tensors], ByParameter] = lambda tensors: tensors.weighted_sums(of, by_parameter)  # noqa: E731
     return _like_params(of, by_tensors, lambda leaf, dtype: jnp.zeros(leaf.shape, dtype))
 
 
 def alignments(of: Pass, direction: PyTree) -> jax.Array:
-    """⟨gᵢ, v⟩ [B], v like the parameters, in the accumulator dtype."""
-    leaves = enumerate(jax.tree.leaves(trees.accumulate(direction)))
-    by_parameter = dict(leaves)
+    """⟨gᵢ, v⟩ [B], v like the parameters, in the accumulator dtype.
+
+    Inside shard_map, parts of tensors that are sharded over another axis than the examples are summed over it.
+    """
+    by_parameter = dict(enumerate(jax.tree.leaves(trees.accumulate(direction))))
+    rows = _compat.varying_axes(of.losses)
     parts = [part for tensors in of.tensors for part in tensors.along(of, by_parameter)]
-    return trees.total(parts) if parts else jnp.zeros(of.losses.shape)
+    return trees.total([_compat.sum_over(part, rows) for part in parts]) if parts else jnp.zeros(of.losses.shape)
 
 
 def _like_params(

@@ -27,8 +27,8 @@ class Tensors(Protocol):
         """Σ gᵢ of each parameter, in the accumulator dtype."""
         ...
 
-    def weighted_sums(self, of: "Pass", weights: jax.Array) -> ByParameter:
-        """Σ wᵢ gᵢ of each parameter, with any real weights [B]."""
+    def weighted_sums(self, of: "Pass", weights: ByParameter) -> ByParameter:
+        """Σ wᵢ gᵢ of each parameter, with any real weights [B] for each."""
         ...
 
     def along(self, of: "Pass", direction: ByParameter) -> list[jax.Array]:

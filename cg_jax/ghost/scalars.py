@@ -51,9 +51,10 @@ class ByNumbers:
             return {self.plan.parameter: total}
         return {self.plan.parameter: self.others.sums(of)[self.plan.parameter] + total}
 
-    def weighted_sums(self, of: Pass, weights: jax.Array) -> ByParameter:
+    def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:
         """Σᵢ wᵢ hᵢ + Σₖ (Σᵢ wᵢ cᵢₖ) vₖ."""
-        total = trees.total([(c * weights.astype(c.dtype)).sum() * v for c, v in self._numbers(of)])
+        own = weights[self.plan.parameter]
+        total = trees.total([(c * own.astype(c.dtype)).sum() * v for c, v in self._numbers(of)])
         if self.others is None:
             return {self.plan.parameter: total}
         return {self.plan.parameter: self.others.weighted_sums(of, weights)[self.plan.parameter] + total}

@@ -41,11 +41,9 @@ class ByProduct:
             return {plan.parameter: self._instantiated(of)[1].astype(dtype)}
         return {plan.parameter: self._sum(of, *self._factors(of)).astype(dtype)}
 
-    def weighted_sums(self, of: Pass, weights: jax.Array) -> ByParameter:  # noqa: D102
-        x, cotangent = self._factors(of)
-        return {
-            self.plan.parameter: self._sum(of, x, weighted(cotangent, weights)).astype(of.dtype(self.plan.parameter))
-        }
+    def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
+        parameter, (x, cotangent) = self.plan.parameter, self._factors(of)
+        return {parameter: self._sum(of, x, weighted(cotangent, weights[parameter])).astype(of.dtype(parameter))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:  # noqa: D102
         return [along(self._product(of), *self._factors(of), direction[self.plan.parameter])]
@@ -101,9 +99,9 @@ class ByNorm:
         operands, (cotangent,) = of.traces[self.plan.places[0][0].key]
         return {self.plan.parameter: _sum_by_vjp(of, self.plan, operands, cotangent).astype(self._dtype(of))}
 
-    def weighted_sums(self, of: Pass, weights: jax.Array) -> ByParameter:  # noqa: D102
+    def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
         operands, (cotangent,) = of.traces[self.plan.places[0][0].key]
-        total = _sum_by_vjp(of, self.plan, operands, weighted(cotangent, weights))
+        total = _sum_by_vjp(of, self.plan, operands, weighted(cotangent, weights[self.plan.parameter]))
         return {self.plan.parameter: total.astype(self._dtype(of))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:
@@ -155,7 +153,7 @@ class Inside:
     def sums(self, of: Pass) -> ByParameter:  # noqa: D102
         return {self.plan.parameter: of.inside[self.plan.parameter][1]}
 
-    def weighted_sums(self, of: Pass, weights: jax.Array) -> ByParameter:  # noqa: D102
+    def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
         raise NotImplementedError("Expected a pass that keeps traces, got one with norms inside a scan.")
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:  # noqa: D102
@@ -174,13 +172,14 @@ class ByGradients:
     def sums(self, of: Pass) -> ByParameter:  # noqa: D102
         return dict(zip(self.plan.parameters, self._shared(of)[1], strict=True))
 
-    def weighted_sums(self, of: Pass, weights: jax.Array) -> ByParameter:  # noqa: D102
+    def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
         gradient, operands = self.gradient(of)
 
         def scaled(row: Any) -> list[jax.Array]:
-            return [g * row[1].astype(g.dtype) for g in gradient(row[0])]
+            return [g * weight.astype(g.dtype) for g, weight in zip(gradient(row[0]), row[1], strict=True)]
 
-        _, totals = accumulate(of_each(scaled), (operands, weights), self.plan.chunk)
+        rows = operands, [weights[i] for i in self.plan.parameters]
+        _, totals = accumulate(of_each(scaled), rows, self.plan.chunk)
         return dict(zip(self.plan.parameters, totals, strict=True))
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:  # noqa: D102
@@ -224,11 +223,11 @@ class SameForAll:
         return {i: jnp.square(keep).astype(g.dtype) * trees.sq_norms(g) for i, g in enumerate(self.gradients)}
 
     def sums(self, of: Pass) -> ByParameter:  # noqa: D102
-        return self.weighted_sums(of, jnp.ones(of.losses.shape))
+        return self.weighted_sums(of, dict.fromkeys(range(len(self.gradients)), jnp.ones(of.losses.shape)))
 
-    def weighted_sums(self, of: Pass, weights: jax.Array) -> ByParameter:  # noqa: D102
-        total = (_kept(of) * weights).sum()
-        return {i: g * total.astype(g.dtype) for i, g in enumerate(self.gradients)}
+    def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
+        kept = _kept(of)
+        return {i: g * (kept * weights[i]).sum().astype(g.dtype) for i, g in enumerate(self.gradients)}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:  # noqa: D102
         return [jnp.vdot(g, direction[i]) * _kept(of).astype(g.dtype) for i, g in enumerate(self.gradients)]
