@@ -1,8 +1,12 @@
 """Weightings that keep a share of the examples: those that agree, or those of small loss."""
 
 import jax
+import jax.numpy as jnp
 
 from cg_jax.weighting.base import ExampleStatistics, NamedWeighting, first_of, named, ratio, share_of
+
+# In units of the last place: differences of two long sums below it are rounding.
+_ROUNDING = 32
 
 
 def agreement(share: float) -> NamedWeighting:
@@ -12,7 +16,8 @@ def agreement(share: float) -> NamedWeighting:
 
         aᵢ = gᵢ · (S − gᵢ) / ‖gᵢ‖ = (gᵢ · S − ‖gᵢ‖²) / ‖gᵢ‖,
 
-    and aᵢ = 0 for a zero gradient. Ties are broken by the position in the batch. Masked examples do not count.
+    and aᵢ = 0 for a zero gradient, and where the difference is only rounding, as for gradients that are orthogonal to
+    all others. Ties are broken by the position in the batch. Masked examples do not count.
 
     Args:
         share: 0 < share ≤ 1. With share = 1 the result is the mean.
@@ -34,8 +39,10 @@ def agreement(share: float) -> NamedWeighting:
     share = share_of("share", share)
 
     def weights(of: ExampleStatistics) -> jax.Array:
-        inner = of.alignments() - of.sq_norms
-        scores = jax.numpy.where(of.sq_norms == 0, 0, ratio(inner, of.norms))
+        with_all = of.alignments()
+        inner = with_all - of.sq_norms
+        rounding = _ROUNDING * jnp.finfo(inner.dtype).eps * (jnp.abs(with_all) + of.sq_norms)
+        scores = jnp.where(jnp.abs(inner) <= rounding, 0, ratio(inner, of.norms))
         return first_of(-scores, of.mask, share)
 
     return named("agreement", weights, {"share": share})
