@@ -96,7 +96,7 @@ def by_optax(loss_fn: Callable[..., jax.Array]) -> Callable[..., Any]:
 
     def clipped(params: Any, batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, batch))
-        total, _ = optax.per_example_global_norm_clip(leaves, _MAX_NORM)
+        total: Any = optax.per_example_global_norm_clip(leaves, _MAX_NORM)[0]
         return jax.tree.unflatten(structure, [leaf / leaves[0].shape[0] for leaf in total])
 
     return clipped
