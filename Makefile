@@ -46,7 +46,9 @@ bench: .venv/stamp
 	$(BIN)/python -m benchmarks.aggregate --out benchmarks/results/aggregate.json
 	$(BIN)/python -m benchmarks.scaling --out benchmarks/results/scaling.json
 	$(BIN)/python -m benchmarks.kills --out benchmarks/results/kills.json
+	$(BIN)/python -m benchmarks.weighted --out benchmarks/results/weighted.json
 	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.tables
 
 # Where there is an NVIDIA GPU, JAX's plugin for it goes in too.
 .venv/stamp: requirements.txt setup.cfg pyproject.toml

@@ -14,11 +14,8 @@ from examples.dp_sgd import Config, epsilon, train
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_private_training_learns_and_clipping_and_noise_cost_accuracy():
-    few = Config(steps=60)
-    private = train(few)
-    assert 0.6 < private < train(Config(steps=60, noise_multiplier=0.0))
-    assert train(Config(steps=60, noise_multiplier=100.0)) < private
+def test_a_private_training_learns_and_noise_costs_accuracy():
+    assert train(Config(steps=60, noise_multiplier=100.0)) < 0.6 < train(Config(steps=60))
 
 
 @pytest.mark.skipif(find_spec("dp_accounting") is None, reason="dp-accounting is in the extra bench")
