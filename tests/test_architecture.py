@@ -45,6 +45,7 @@ FLOORS = {
         ["explanation", "instances"],
         ["by_primitive"],
         ["tensors"],
+        ["kept"],
         ["scalars"],
         ["engine"],
         ["__init__"],

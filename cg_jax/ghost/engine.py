@@ -16,6 +16,7 @@ from cg_jax.ghost.capture import Program
 from cg_jax.ghost.chunks import accumulate_with
 from cg_jax.ghost.evaluation import evaluate
 from cg_jax.ghost.inline import InlinePlan
+from cg_jax.ghost.kept import KeptGradients, KeptProduct, kept_of
 from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.passes import ByParameter, Pass, Tensors
 from cg_jax.ghost.plan import Plan, RulePlan
@@ -59,20 +60,24 @@ def one_pass(
         for each, total in zip(plan.inline, of_views, strict=True)
     }
     aux = jax.tree.unflatten(aux_structure, aux)
-    return Pass(program, env, loss, kept, batch, keep, losses, aux, traces, inside, tuple(map(_tensors, _parts(plan))))
+    size = losses.shape[0]
+    rows = set() if norms_inside else kept_of(program, _parts(plan), traces, size, max_bytes)
+    tensors = tuple(_tensors(part, place in rows) for place, part in enumerate(_parts(plan)))
+    return Pass(program, env, loss, kept, batch, keep, losses, aux, traces, inside, tensors)
 
 
 def _parts(plan: Plan) -> list[Any]:
     return [*plan.inline, *plan.rules, *plan.groups]
 
 
-def _tensors(plan: Any) -> Tensors:
-    """The object that computes the statistics of one part of a plan."""
+def _tensors(plan: Any, is_kept: bool) -> Tensors:
+    """The object that computes the statistics of one part of a plan, which keeps its gradients or not."""
     if isinstance(plan, InlinePlan):
         return Inside(plan)
     if not isinstance(plan, RulePlan):
-        return ByGradients(plan)
-    others = None if plan.rule is None else ByNorm(plan) if isinstance(plan.rule, Norm) else ByProduct(plan)
+        return KeptGradients(plan) if is_kept else ByGradients(plan)
+    by_product = KeptProduct if is_kept else ByProduct
+    others = None if plan.rule is None else ByNorm(plan) if isinstance(plan.rule, Norm) else by_product(plan)
     if plan.exact is not None:
         return ByNumbers(plan, others)
     assert others is not None  # a tensor without a use is in no plan

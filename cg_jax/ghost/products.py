@@ -10,6 +10,7 @@ The choice is by operations and bytes, measured in benchmarks/crossover.py and e
   which Gram must store. On an accelerator the known limit by memory, 2 T² ≤ D P, is used until it is measured.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from cg_jax import trees
 from cg_jax._types import PyTree
 from cg_jax.ghost import varying
-from cg_jax.ghost.chunks import accumulate, in_chunks
+from cg_jax.ghost.chunks import accumulate, accumulate_with, in_chunks
 from cg_jax.ghost.product import Product
 
 # The cost of one number of G in multiplications, on a CPU.
@@ -70,6 +71,23 @@ def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: in
     """(‖AᵀB‖² [B], Σ AᵀB as the gradient of the view), both from the same arrays."""
     n, _, d, p = product.dims
     flip = is_faster_flipped(product)
+    size = jax.tree.leaves(x)[0].shape[0]
+    if size * n * d * p == 0:
+        return jnp.zeros(size, dtype), product.to_view(jnp.zeros((n, d, p), dtype))
+    sq_norms, total = accumulate(_instantiate(product, dtype, flip), (x, cotangent), chunk)
+    return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
+
+
+def instantiated_rows(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(‖AᵀB‖² [B], AᵀB [B, N, D, P]) of a batch that is not empty."""
+    gradients = _instantiate(product, dtype, flip=False)
+    (sq_norms, rows), _ = accumulate_with(lambda part: (g := gradients(part), g), (x, cotangent), chunk)
+    return sq_norms, rows
+
+
+def _instantiate(product: Product, dtype: Any, flip: bool) -> Callable[[tuple[jax.Array, jax.Array]], jax.Array]:
+    """The function of rows (inputs, cotangents) that gives AᵀB [b, N, D, P], or BᵀA if it flips."""
+    n, _, d, p = product.dims
     order, shape = ("pd", (p, d)) if flip else ("dp", (d, p))
     scale = product.scale.swapaxes(1, 2) if flip and product.scale is not None else product.scale
 
@@ -83,11 +101,7 @@ def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: in
         g = g.reshape(-1, n, *shape)
         return g if scale is None else g * scale.astype(g.dtype)[None]
 
-    size = jax.tree.leaves(x)[0].shape[0]
-    if size * n * d * p == 0:
-        return jnp.zeros(size, dtype), product.to_view(jnp.zeros((n, d, p), dtype))
-    sq_norms, total = accumulate(gradients, (x, cotangent), chunk)
-    return sq_norms, product.to_view(total.swapaxes(1, 2) if flip else total)
+    return gradients
 
 
 def without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtype: Any, chunk: int) -> jax.Array:
