@@ -8,7 +8,16 @@ sums and alignments are functions (`tensors`, `scalars`, `products`, `chunks`). 
 docs/engine.md.
 """
 
-from cg_jax.ghost.engine import alignments, filled, one_pass, sq_norms, sums, weighted_sums, without_rows
+from cg_jax.ghost.engine import (
+    alignments,
+    filled,
+    mutual_alignments,
+    one_pass,
+    sq_norms,
+    sums,
+    weighted_sums,
+    without_rows,
+)
 from cg_jax.ghost.explanation import Explanation, TensorPlan, explain
 from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.passes import Pass
@@ -26,6 +35,7 @@ __all__ = [
     "alignments",
     "explain",
     "filled",
+    "mutual_alignments",
     "one_pass",
     "register_rule",
     "selected",

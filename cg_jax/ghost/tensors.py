@@ -17,7 +17,7 @@ from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.passes import ByParameter, Pass
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.products import along, instantiated, sum_of_products, without_gradients
+from cg_jax.ghost.products import along, has_cheap_pairs, instantiated, pairs, sum_of_products, without_gradients
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +50,13 @@ class ByProduct:
         if self.plan.places[0][0].nested is None:  # patches are much larger than the input
             return [along_by_primitive(of, self.plan, v)]
         return [in_chunks(lambda rows: along(product, rows[0], rows[1], v), self._factors(of), self.plan.chunk)]
+
+    def pairs(self, of: Pass) -> jax.Array | None:
+        """gᵢ · gⱼ of all pairs, [B, B], or None if they cost more than a weighted sum and its alignments."""
+        product, size = self._product(of), of.losses.shape[0]
+        if not has_cheap_pairs(product, size):
+            return None
+        return of.once((self, "pairs"), lambda: pairs(product, *self._factors(of), of.dtype(self.plan.parameter)))
 
     def _product(self, of: Pass) -> Product:
         return of.once((self, "product"), lambda: self.plan.bound(of.program, of.env))

@@ -1,7 +1,7 @@
 """Named axes that the examples of a batch are sharded over, inside a shard_map or pmap; or none."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -12,6 +12,8 @@ from cg_jax._types import PyTree
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """No axes: a device has all examples."""
+
+    is_one_device: ClassVar[bool] = True
 
     @property
     def tracked(self) -> frozenset[str]:
@@ -36,6 +38,7 @@ class NamedAxes(Axes):
     """Axes of the enclosing shard_map, pmap or vmap."""
 
     names: tuple[str, ...]
+    is_one_device: ClassVar[bool] = False
 
     @property
     def tracked(self) -> frozenset[str]:  # noqa: D102
