@@ -82,11 +82,10 @@ def _by_sort(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _selected(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
     wide = values.astype(trees.accumulator_dtype(values.dtype))
-    keys = _keys(wide)
-    if values.shape[0] <= _UNROLL_LIMIT:
-        of_keys = _by_network(list(keys), wanted)
+    if values.shape[0] <= _UNROLL_LIMIT:  # row by row: keys of all rows at once would be an array in memory
+        of_keys = _by_network([_keys(row) for row in wide], wanted)
     else:
-        of_keys = _by_counting(keys, wanted)
+        of_keys = _by_counting(_keys(wide), wanted)
     spoilt = row_sum(jnp.isnan, wide, operator.or_)
     return [jnp.where(spoilt, jnp.nan, _values(key, wide.dtype)).astype(values.dtype) for key in of_keys]
 

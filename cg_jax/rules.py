@@ -22,7 +22,6 @@ from cg_jax.order_statistics import NETWORK_LIMIT, order_statistics, row_sum
 Rule = Callable[[jax.Array], jax.Array]
 
 
-
 class _NotATransformationError(TypeError, AttributeError):
     """A TypeError for the user that is also an AttributeError, for `hasattr`."""
 

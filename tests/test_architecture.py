@@ -22,7 +22,7 @@ FLOORS = {
         ["_compiled", "_data", "_loss", "bound", "moments", "rules", "sharding", "weighting"],
         ["_per_batch", "batches", "collective", "ghost", "metrics", "slots"],
         ["aggregate", "gradients", "micro_batch"],
-        ["checked", "per_example", "statistics", "weighted"],
+        ["checked", "coordinatewise", "per_example", "statistics", "weighted"],
         ["estimators"],
         ["stream"],
         ["measure"],
@@ -45,7 +45,7 @@ FLOORS = {
         ["explanation", "instances"],
         ["tensors"],
         ["scalars"],
-        ["engine"],
+        ["columns", "engine"],
         ["__init__"],
     ],
     "cg_jax.ghost.primitives": [
