@@ -4,10 +4,11 @@
 the example and gradients pass (`activity`). `rules` gives the squared norm of a gradient at a site (`product`, `norm`).
 `uses` (`views`, `factors`) maps it back to the parameter. `plan` and `cost` choose a method for each tensor. `backward`
 runs the one backward pass (`inline`: with norms inside it). `engine` returns a `Pass`, of which norms, sums, weighted
-sums and alignments are functions (`tensors`, `scalars`, `products`, `chunks`). `instances` is the fallback. See
-docs/engine.md.
+sums and alignments are functions (`tensors`, `scalars`, `products`, `chunks`). `columns` cuts gradients into blocks of
+coordinates. `instances` is the fallback. See docs/engine.md.
 """
 
+from cg_jax.ghost.columns import by_columns
 from cg_jax.ghost.engine import (
     alignments,
     filled,
@@ -33,6 +34,7 @@ __all__ = [
     "Registration",
     "TensorPlan",
     "alignments",
+    "by_columns",
     "explain",
     "filled",
     "mutual_alignments",
