@@ -128,7 +128,7 @@ def _weighted_grads(
     dtype: Any,
     has_aux: bool,
 ) -> tuple[tuple[PyTree, WeightedInfo], PyTree]:
-    axes = axes_of(axis_name)
+    axes = axes_of(axis_name, "weighted_grads")
     size = jax.tree.leaves(batch)[0].shape[0]
     of = example_gradients(loss_fn, params, batch, mask, method, max_bytes, has_aux)
     keep = jnp.ones(size, bool) if mask is None else mask

@@ -61,14 +61,8 @@ class NamedAxes(Axes):
         return _compat.vary(value, self.tracked)
 
 
-def axes_of(axis_name: Any) -> Axes:
-    """The axes of a name or a tuple of names; None for no axes.
-
-    Raises:
-        ValueError: There is no shard_map, pmap or vmap over such an axis.
-    """
-    if axis_name is None:
-        return Axes()
+def require_bound(axis_name: Any, taker: str) -> tuple[Any, ...]:
+    """The names of an axis or a tuple of axes. ValueError unless there is a shard_map, pmap or vmap over each."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     try:
         for name in names:
@@ -77,6 +71,15 @@ def axes_of(axis_name: Any) -> Axes:
         around = _compat.bound_axes()
         present = f"axes {', '.join(map(repr, around))}" if around else "none"
         raise ValueError(
-            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around weighted_grads, got {present}."
+            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around {taker}, got {present}."
         ) from None
-    return NamedAxes(names)
+    return names
+
+
+def axes_of(axis_name: Any, taker: str) -> Axes:
+    """The axes of a name or a tuple of names; None for no axes.
+
+    Raises:
+        ValueError: There is no shard_map, pmap or vmap over such an axis.
+    """
+    return Axes() if axis_name is None else NamedAxes(require_bound(axis_name, taker))
