@@ -40,19 +40,19 @@ class KeptProduct(ByProduct):
     def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
         parameter = self.plan.parameter
         total = _weighted_sum(self._rows(of)[1], weights[parameter])
-        return {parameter: self._product(of).to_view(total).astype(of.dtype(parameter))}
+        return {parameter: self.product(of).to_view(total).astype(of.dtype(parameter))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:
         """⟨gᵢ, v⟩ from the gradients, if they were built for their norms."""
         if (self, "rows") not in of.memo:
             return super().along(of, direction)
-        n, _, d, p = self._product(of).dims
-        v = varying.transposed(self._product(of).to_view, (n, d, p), direction[self.plan.parameter])
+        n, _, d, p = self.product(of).dims
+        v = varying.transposed(self.product(of).to_view, (n, d, p), direction[self.plan.parameter])
         return [_inner(self._rows(of)[1], v)]
 
     def _rows(self, of: Pass) -> tuple[jax.Array, jax.Array]:
         dtype, chunk = of.dtype(self.plan.parameter), self.plan.chunk
-        return of.once((self, "rows"), lambda: instantiated_rows(self._product(of), *self._factors(of), dtype, chunk))
+        return of.once((self, "rows"), lambda: instantiated_rows(self.product(of), *self.factors(of), dtype, chunk))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
