@@ -35,9 +35,9 @@ def save(figure: Any, path: Path) -> None:
 
 
 def legend(figure: Any, ax: Any) -> None:
-    """One legend above all panels, of the lines of one of them."""
+    """One legend above all panels, of the lines of one of them; six in a row."""
     lines, labels = ax.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
+    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=9)
 
 
 def _style(line: Line) -> dict[str, Any]:
