@@ -10,9 +10,20 @@ from cg_jax.measure import measure_coherence
 from cg_jax.metrics import Coherence, Ratios, coherence
 from cg_jax.micro_batch import micro_batch_grads
 from cg_jax.moments import GradMoments, merge
-from cg_jax.per_example import alignments, per_example_grads
+from cg_jax.per_example import per_example_grads
 from cg_jax.rules import mean, median, trimmed_mean, winsorized_mean
-from cg_jax.statistics import grad_moments, per_example_sq_norms
+from cg_jax.statistics import alignments, grad_moments, per_example_sq_norms
+from cg_jax.weighted import WeightedInfo, weighted_grads
+from cg_jax.weighting import (
+    ExampleStatistics,
+    agreement,
+    clip_norm,
+    clip_quantile,
+    compose,
+    geometric_median,
+    normalize,
+    trim_loss,
+)
 
 __version__ = "0.1.0"
 
@@ -21,18 +32,25 @@ __all__ = [
     "Coherence",
     "Estimator",
     "Exact",
+    "ExampleStatistics",
     "GradMoments",
     "Norm",
     "Product",
     "Ratios",
     "Signs",
+    "WeightedInfo",
     "across_devices",
+    "agreement",
     "alignments",
     "checked",
+    "clip_norm",
+    "clip_quantile",
     "coherence",
+    "compose",
     "consecutive",
     "explain",
     "generalization_bound",
+    "geometric_median",
     "grad_moments",
     "m3",
     "mean",
@@ -41,6 +59,7 @@ __all__ = [
     "median_of_k",
     "merge",
     "micro_batch_grads",
+    "normalize",
     "per_example_grads",
     "per_example_sq_norms",
     "ra3",
@@ -49,6 +68,8 @@ __all__ = [
     "rm3",
     "rolling",
     "stacked",
+    "trim_loss",
     "trimmed_mean",
+    "weighted_grads",
     "winsorized_mean",
 ]

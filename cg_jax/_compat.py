@@ -10,8 +10,6 @@ import jax
 from jax.core import ShapedArray, Tracer
 from jax.extend import core
 
-from cg_jax._jaxprs import all_eqns
-
 
 def is_literal(atom: Any) -> bool:
     """Whether an operand of an equation is a constant written into it."""
@@ -56,17 +54,6 @@ def keep_line(eqn: Any) -> contextlib.AbstractContextManager[Any]:
         return source_info_util.user_context(eqn.source_info.traceback, name_stack=eqn.source_info.name_stack)
     except (ImportError, AttributeError, TypeError):
         return contextlib.nullcontext()
-
-
-def has_forward_mode(f: Any, primals: Any, tangents: Any) -> bool:
-    """Whether `jax.jvp` works on f(*primals). It rejects a custom_vjp: at once, or inside jit when compiled."""
-    try:
-        jaxpr = jax.make_jaxpr(lambda p, t: jax.jvp(f, p, t)[1])(primals, tangents)
-    except TypeError as error:
-        if "custom_vjp" in str(error):
-            return False
-        raise
-    return all(eqn.primitive.name != "custom_lin" for eqn in all_eqns(jaxpr))
 
 
 def varying_axes(*trees: Any) -> frozenset[str]:

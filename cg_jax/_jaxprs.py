@@ -40,8 +40,3 @@ def all_eqns(jaxpr: Any) -> Iterator[Any]:
     for eqn in opened(jaxpr)[0].eqns:
         yield eqn
         yield from inner_eqns(eqn)
-
-
-def dtypes_in(jaxpr: Any) -> set[Any]:
-    """The dtypes of all results in a jaxpr, including those of its inner jaxprs."""
-    return {out.aval.dtype for eqn in all_eqns(jaxpr) for out in eqn.outvars if hasattr(out.aval, "dtype")}

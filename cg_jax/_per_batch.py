@@ -77,6 +77,20 @@ def mask_of(mask: Any, params: PyTree, size: int) -> jax.Array | None:
     return mask
 
 
+def weights_of(weights: Any, params: PyTree, size: int) -> jax.Array | None:
+    """Weights, real [B], or None."""
+    del params
+    if weights is None:
+        return None
+    weights = jnp.asarray(weights)
+    if weights.shape != (size,) or not jnp.issubdtype(weights.dtype, jnp.number) or jnp.iscomplexobj(weights):
+        raise ValueError(
+            f"Expected weights to be real numbers of shape [{size}], got weights of dtype {weights.dtype} and shape "
+            f"{list(weights.shape)}."
+        )
+    return weights.astype(jnp.result_type(weights, jnp.float32))
+
+
 def direction_of(direction: Any, params: PyTree, size: int) -> PyTree:
     """A direction with the structure of the differentiable leaves of params."""
     del size

@@ -1,5 +1,6 @@
 """Argument checks. Every message gives the expectation (name and bound), then the value, then the remedy."""
 
+import numbers
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -27,6 +28,20 @@ def at_least(name: str, value: int, bound: int) -> int:
     if number < bound:
         raise ValueError(f"Expected {name} >= {bound}, got {name}={number}.")
     return number
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float, or TypeError unless it is a real number, other than NaN."""
+    is_real = isinstance(value, numbers.Real) or (jnp.shape(value) == () and isinstance(value, np.ndarray | jax.Array))
+    try:
+        out = float(value) if is_real else None
+    except jax.errors.ConcretizationTypeError:  # a traced value
+        out = None
+    if out is None:
+        raise TypeError(f"Expected {name} to be a number, got {shown(name, value)}.")
+    if out != out:
+        raise ValueError(f"Expected {name} to be a number, got {name}=nan.")
+    return out
 
 
 def max_bytes(value: int | None) -> None:

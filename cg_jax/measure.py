@@ -18,11 +18,11 @@ from cg_jax._loss import LossFn
 from cg_jax._types import PyTree
 from cg_jax.batches import batches_of
 from cg_jax.estimators import Estimator, estimator_of
+from cg_jax.gradients import METHODS
 from cg_jax.metrics import Coherence
 from cg_jax.moments import GradMoments
 from cg_jax.sharding import layout_of
 from cg_jax.sharding.explicit_axes import auto_context
-from cg_jax.statistics import METHODS
 from cg_jax.stream import Inputs, Measurement, Setup
 
 NONFINITE = ("raise", "skip", "propagate")

@@ -1,4 +1,4 @@
-"""Sums and norms of the per-example gradients of one batch, by the engine or by vmap(grad)."""
+"""Sums, norms and alignments of the per-example gradients of one batch, by the engine or by vmap(grad)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cg_jax import _validate, ghost, trees
-from cg_jax._loss import LossFn, each_devices_own
-from cg_jax._per_batch import PerBatch, mask_of, rows_specs
+from cg_jax import _compat, _validate, trees
+from cg_jax._loss import LossFn
+from cg_jax._per_batch import PerBatch, direction_of, mask_of, rows_specs, weights_of
 from cg_jax._types import PyTree
+from cg_jax.gradients import METHODS, example_gradients, zero_where
 from cg_jax.moments import GradMoments
-from cg_jax.per_example import losses_and_grads
-
-METHODS = ("ghost", "vmap")
 
 
 class BatchStatistics(NamedTuple):
@@ -24,40 +22,6 @@ class BatchStatistics(NamedTuple):
     sq_norms: PyTree  # ‖gᵢ‖² for each tensor, [B], accumulator dtype
     sum_grads: PyTree  # Σ gᵢ, like the parameters, accumulator dtype
     aux: PyTree  # the auxiliary values of loss_fn, [B, ...], or None
-
-
-def fill_masked(batch: PyTree, mask: jax.Array) -> PyTree:
-    """Replace each masked row by the first valid one.
-
-    A zero or garbage row could turn its zero weight into 0·∞ = NaN inside the derivative of the loss.
-    """
-    rows = jnp.where(mask, jnp.arange(mask.size), jnp.argmax(mask))
-    return jax.tree.map(lambda leaf: leaf[rows], batch)
-
-
-def _zero_where(condition: jax.Array, tree: PyTree) -> PyTree:
-    """Zeros where `condition` (a scalar, or [B] for leaves [B, ...]) holds. Random keys do not change."""
-
-    def zeroed(leaf: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return leaf
-        shaped = (
-            condition.reshape(condition.shape + (1,) * (leaf.ndim - condition.ndim)) if condition.ndim else condition
-        )
-        return jnp.where(shaped, jnp.zeros_like(leaf), leaf)
-
-    return jax.tree.map(zeroed, tree)
-
-
-def _vmap_statistics(
-    loss_fn: LossFn, params: PyTree, batch: PyTree, weights: jax.Array | None, has_aux: bool
-) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
-    """The reference by vmap(grad), which builds an array of size B × parameters."""
-    losses, grads, aux = losses_and_grads(loss_fn, params, batch, has_aux)
-    grads = trees.accumulate(grads)
-    if weights is not None:
-        grads = jax.vmap(lambda w, g: jax.tree.map(lambda leaf: leaf * w.astype(leaf.dtype), g))(weights, grads)
-    return losses, trees.row_sq_norms(grads), trees.row_sums(grads), aux
 
 
 def batch_statistics(
@@ -70,19 +34,11 @@ def batch_statistics(
     has_aux: bool = False,
 ) -> BatchStatistics:
     """Losses, squared norms and the sum of the gradients of one batch."""
-    weights = None
+    of = example_gradients(loss_fn, params, batch, mask, method, max_bytes, has_aux, norms_inside=True)
+    losses, sq_norms, sum_grads, aux = trees.accumulate(of.losses), of.sq_norms(), of.sums(), of.aux
     if mask is not None:
-        batch, weights = fill_masked(batch, mask), mask.astype(jnp.float32)
-    params = each_devices_own(loss_fn, params, batch, has_aux)
-    if method == "ghost":
-        of = ghost.one_pass(loss_fn, params, batch, weights, max_bytes, has_aux)
-        losses, sq_norms, sum_grads, aux = of.losses, ghost.sq_norms(of), ghost.sums(of), of.aux
-    else:
-        losses, sq_norms, sum_grads, aux = _vmap_statistics(loss_fn, params, batch, weights, has_aux)
-    losses = trees.accumulate(losses)
-    if mask is not None:
-        losses, sq_norms, aux = _zero_where(~mask, (losses, sq_norms, aux))
-        sum_grads = _zero_where(~mask.any(), sum_grads)
+        losses, sq_norms, aux = zero_where(~mask, (losses, sq_norms, aux))
+        sum_grads = zero_where(~mask.any(), sum_grads)
     return BatchStatistics(losses, sq_norms, sum_grads, aux)
 
 
@@ -101,13 +57,38 @@ def _grad_moments(
     params: PyTree,
     batch: PyTree,
     mask: jax.Array | None,
+    weights: jax.Array | None,
     method: str,
     max_bytes: int | None,
     has_aux: bool,
 ) -> tuple[GradMoments, PyTree]:
+    if weights is not None:
+        loss_fn, batch = _times_weight(loss_fn, has_aux), (batch, weights)
     of_batch = batch_statistics(loss_fn, params, batch, mask, method, max_bytes, has_aux)
     moments = to_moments(of_batch, of_batch.losses.size if mask is None else mask.sum())
     return moments, of_batch.aux
+
+
+def _times_weight(loss_fn: LossFn, has_aux: bool) -> LossFn:
+    """The loss of an example and its weight, w · ℓ, whose gradient is w · g."""
+
+    def weighted(params: PyTree, row: tuple[PyTree, jax.Array]) -> Any:
+        example, weight = row
+        out = loss_fn(params, example)
+        if not has_aux:
+            return _scaled(out, weight)
+        _validate.pair(out)
+        return _scaled(out[0], weight), out[1]
+
+    return weighted
+
+
+def _scaled(loss: Any, weight: jax.Array) -> Any:
+    """loss · weight in the accumulator dtype. What is no real scalar is returned as it is, for its own error."""
+    if not hasattr(loss, "dtype") or not trees.is_differentiable(loss):
+        return loss
+    dtype = trees.accumulator_dtype(loss.dtype)
+    return loss.astype(dtype) * weight.astype(dtype)
 
 
 def _moments_specs(params: PyTree, rows: Any, **_: Any) -> tuple[Any, PartitionSpec]:
@@ -122,16 +103,40 @@ def _per_example_sq_norms(
     return of_batch.sq_norms, of_batch.aux
 
 
-_MOMENTS = PerBatch(_grad_moments, _moments_specs, {"mask": mask_of})
+def aligned(
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: PyTree,
+    direction: PyTree,
+    mask: jax.Array | None = None,
+    has_aux: bool = False,
+) -> tuple[jax.Array, PyTree]:
+    """(gᵢ · direction [B] in the accumulator dtype, auxiliary values [B, ...])."""
+    of = example_gradients(loss_fn, params, batch, mask, "ghost", has_aux=has_aux)
+    kept, _ = trees.partition(params)
+    along = jax.tree.map(lambda v, p: v.astype(trees.accumulator_dtype(p.dtype)), trees.partition(direction)[0], kept)
+    return of.alignments(_compat.vary_like(along, kept)), of.aux
+
+
+def _alignments(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, direction: PyTree, has_aux: bool
+) -> tuple[jax.Array, PyTree]:
+    return aligned(loss_fn, params, batch, direction, has_aux=has_aux)
+
+
+_MOMENTS = PerBatch(_grad_moments, _moments_specs, {"mask": mask_of, "weights": weights_of})
 _SQ_NORMS = PerBatch(_per_example_sq_norms, rows_specs)
+_ALIGNMENTS = PerBatch(_alignments, rows_specs, {"direction": direction_of})
 
 
 def grad_moments(
     loss_fn: LossFn, method: str = "ghost", *, max_bytes: int | None = None, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """The function (params, batch, mask=None, state=None) → GradMoments: S = Σ gᵢ and Q = Σ ‖gᵢ‖² per tensor, Σ ℓᵢ.
+    """The function (params, batch, mask=None, state=None, weights=None) → GradMoments: S = Σ gᵢ, Q = Σ ‖gᵢ‖², Σ ℓᵢ.
 
-    gᵢ = ∇ loss_fn(params, batch[i]). Method "ghost" takes one backward pass and builds no array of size B × parameters
+    gᵢ = ∇ loss_fn(params, batch[i]); Q is per tensor. With weights w, any real numbers [B], the examples have the
+    losses wᵢ ℓᵢ: then S = Σ wᵢ gᵢ, Q = Σ wᵢ² ‖gᵢ‖² (the weights are squared) and Σ wᵢ ℓᵢ, and count still counts
+    examples. Method "ghost" takes one backward pass and builds no array of size B × parameters
     beyond max_bytes. Method "vmap" is the plain reference, vmap(grad), and builds it. Both are exact and agree up to
     rounding.
 
@@ -155,19 +160,19 @@ def grad_moments(
 
     Returns:
         A jitted function of params (any pytree), batch (a pytree whose leaves share a leading axis B), mask (boolean
-        [B]) and state (any pytree of arrays, without a batch axis). Rows where mask is False contribute nothing,
-        whatever they contain. State is an input of loss_fn that is not differentiated, such as running averages. New
-        values of it do not recompile. New values that loss_fn closes over would. A non-finite gradient makes the sums
-        non-finite: see `measure_coherence` for skipping such examples. Sums are float32, or float64 if the parameters
-        are. Integer leaves of params are None. A squared norm above the range (a norm of 1.8e19 in float32) is
-        infinite, and one below it is zero.
+        [B]), state (any pytree of arrays, without a batch axis) and, by keyword, weights (real [B]). Rows where mask is
+        False contribute nothing, whatever they contain. State is an input of loss_fn that is not differentiated, such
+        as running averages. New values of it do not recompile. New values that loss_fn closes over would. A non-finite
+        gradient makes the sums non-finite, also with weight 0: see `measure_coherence` for skipping such examples. Sums
+        are float32, or float64 if the parameters are. Integer leaves of params are None. A squared norm above the range
+        (a norm of 1.8e19 in float32) is infinite, and one below it is zero.
 
         With has_aux it returns (GradMoments, aux), where aux has a leading axis B. Masked rows of aux are zero, except
         random keys.
 
     Raises:
-        ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, a mask of another shape or
-            dtype, or a loss that does not depend on params.
+        ValueError: Unknown method, max_bytes < 1, empty batch, leading axes that disagree, a mask or weights of another
+            shape or dtype, or a loss that does not depend on params.
         TypeError: loss_fn is not a function or does not return a real scalar (with has_aux, a pair of it and aux), or a
             leaf of params is complex or not an array.
 
@@ -183,8 +188,8 @@ def grad_moments(
     """
     of_batch = _of_loss(_MOMENTS, loss_fn, method, max_bytes, has_aux)
 
-    def moments(params: PyTree, batch: PyTree, mask: Any = None, state: PyTree = None) -> Any:
-        return of_batch(params, batch, state, mask=mask)
+    def moments(params: PyTree, batch: PyTree, mask: Any = None, state: PyTree = None, *, weights: Any = None) -> Any:
+        return of_batch(params, batch, state, mask=mask, weights=weights)
 
     return moments
 
@@ -224,6 +229,41 @@ def per_example_sq_norms(
         return of_batch(params, batch, state)
 
     return sq_norms
+
+
+def alignments(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
+    """The function (params, batch, direction, state=None) → aᵢ = gᵢ · v = Σₜ bₜᵀ vᵀ aₜ, [B].
+
+    No per-example gradient is built: the inputs aₜ and cotangents bₜ of one backward pass are enough. If v is the mean
+    gradient ḡ, then Σ aᵢ / m = ‖ḡ‖². An example with small or negative aᵢ pulls against the others. The cost is about
+    that of one plain gradient, for every loss that has one, also with a `jax.custom_vjp`.
+
+    Args:
+        loss_fn: As for `grad_moments`.
+        has_aux: As for `grad_moments`.
+
+    Returns:
+        A jitted function of params, batch, direction (like params, of any floating dtype; integer leaves are ignored
+        and may be None) and state. The result is float32, or float64 if the parameters are. With has_aux it returns
+        (alignments, aux), where each leaf of aux is [B, ...].
+
+    Raises:
+        ValueError: Empty batch, leading axes that disagree, a direction of other structure or shapes than params, or a
+            loss that does not depend on params.
+        TypeError: loss_fn is not a function or does not return a real scalar (with has_aux, a pair of it and aux), or a
+            leaf of params is complex or not an array.
+
+    Examples:
+        >>> import jax, cg_jax as cg
+        >>> cg.alignments(lambda w, x: 0.5 * (w - x) ** 2)(0.0, jax.numpy.array([1.0, 4.0, 7.0]), 2.0)
+        Array([ -2.,  -8., -14.], dtype=float32)
+    """
+    of_batch = _ALIGNMENTS.of(loss_fn, has_aux)
+
+    def aligned_with(params: PyTree, batch: PyTree, direction: PyTree, state: PyTree = None) -> Any:
+        return of_batch(params, batch, state, direction=direction)
+
+    return aligned_with
 
 
 def _of_loss(

@@ -26,9 +26,15 @@ COLUMNS: tuple[tuple[str, str, float, float, str], ...] = (
         "#a9cdee",
         6.2,
         8.8,
-        "moments bound metrics batches per_example statistics estimators stream measure",
+        "moments bound metrics batches gradients per_example statistics estimators stream measure",
     ),
-    ("averaging", "#b5dfb4", 9.0, 11.8, "incoming rules slots collective aggregate micro_batch checked"),
+    (
+        "averaging",
+        "#b5dfb4",
+        9.0,
+        11.8,
+        "incoming rules slots collective aggregate micro_batch weighting checked weighted",
+    ),
 )
 RIGHT = COLUMNS[-1][3]
 

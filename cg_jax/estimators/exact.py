@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from cg_jax import _validate, trees
 from cg_jax._types import PyTree
 from cg_jax.estimators.base import Estimator, OfRows, Problem
+from cg_jax.gradients import METHODS
 from cg_jax.moments import GradMoments
-from cg_jax.per_example import aligned
-from cg_jax.statistics import METHODS, batch_statistics, fill_masked, to_moments
+from cg_jax.statistics import aligned, batch_statistics, to_moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Exact(Estimator):
         """Σ uᵢ² over a batch. uᵢ/m is the derivative of α with respect to the weight of example i."""
         mean_grad, alpha, mean_sq_norm = measured
         mask = (ids >= 0) & (values >= 0)
-        products, _ = aligned(problem.loss_fn, problem.params, fill_masked(rows, mask), mean_grad, problem.has_aux)
+        products, _ = aligned(problem.loss_fn, problem.params, rows, mean_grad, mask, problem.has_aux)
         square = trees.total(trees.sq_norms(mean_grad))
         moved = jnp.where(mask, (2 * products.astype(values.dtype) - alpha * values - square) / mean_sq_norm, 0)
         return jnp.sum(moved**2)

@@ -10,9 +10,9 @@ from cg_jax import _validate, trees
 from cg_jax._loss import checked_loss, require_dependence
 from cg_jax._types import PyTree
 from cg_jax.estimators.base import Estimator, OfRows, Problem, all_finite, of_few, where_squares_fit
+from cg_jax.gradients import fill_masked
 from cg_jax.metrics import Coherence
 from cg_jax.moments import GradMoments
-from cg_jax.statistics import fill_masked
 
 
 class SignsState(NamedTuple):

@@ -8,12 +8,13 @@ sums and alignments are functions (`tensors`, `scalars`, `products`, `chunks`). 
 docs/engine.md.
 """
 
-from cg_jax.ghost.engine import alignments, one_pass, sq_norms, sums, weighted_sums
+from cg_jax.ghost.engine import alignments, filled, one_pass, sq_norms, sums, weighted_sums, without_rows
 from cg_jax.ghost.explanation import Explanation, TensorPlan, explain
 from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.passes import Pass
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.rules import Registration, register_rule
+from cg_jax.ghost.tensors import selected
 
 __all__ = [
     "Explanation",
@@ -24,9 +25,12 @@ __all__ = [
     "TensorPlan",
     "alignments",
     "explain",
+    "filled",
     "one_pass",
     "register_rule",
+    "selected",
     "sq_norms",
     "sums",
     "weighted_sums",
+    "without_rows",
 ]

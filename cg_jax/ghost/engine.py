@@ -1,5 +1,6 @@
 """One pass over a batch, and functions of it: norms, sums, weighted sums, alignments."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,6 +148,23 @@ def alignments(of: Pass, direction: PyTree) -> jax.Array:
     rows = _compat.varying_axes(of.losses)
     parts = [part for tensors in of.tensors for part in tensors.along(of, by_parameter)]
     return trees.total([_compat.sum_over(part, rows) for part in parts]) if parts else jnp.zeros(of.losses.shape)
+
+
+def filled(rows: PyTree, keep: jax.Array) -> PyTree:
+    """Replace each row [B, ...] where `keep` [B] is False by the first other one."""
+    sources = jnp.where(keep, jnp.arange(keep.size), jnp.argmax(keep))
+    return jax.tree.map(lambda leaf: leaf[sources], rows)
+
+
+def without_rows(of: Pass, keep: jax.Array) -> Pass:
+    """The pass without the gradients of the rows where `keep` [B] is False, which may be non-finite.
+
+    Such a row gets the inputs of a row that is kept, and zero cotangents.
+    """
+    traces = {key: (filled(seen, keep), selected(keep, cotangents)) for key, (seen, cotangents) in of.traces.items()}
+    before = jnp.ones(keep.shape) if of.keep is None else of.keep
+    kept, batch = jnp.where(keep, before, 0), filled(of.batch, keep)
+    return dataclasses.replace(of, batch=batch, keep=kept, traces=traces, memo={})
 
 
 def _like_params(
