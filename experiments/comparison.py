@@ -22,7 +22,7 @@ BY_EXAMPLE = (
     "Other methods take the same three mini-batches as one batch of {batch} examples, and a robust average of their "
     "single gradients: clip scales every gradient down to the median norm of the batch; agreement takes the half that "
     "agrees best with the sum of the others; clip + agreement clips at the first quartile and then takes the 70% that "
-    "agree best; the geometric median is four steps of Weiszfeld's iteration; smallest losses is the mean over the half"
+    "agree best; the geometric median is four steps of Weiszfeld's iteration; smallest losses is the mean over the 70%"
     " whose loss is smallest; the winsorised mean moves the outer quarter of the values of each coordinate inwards, on "
     "either side. GAF, a rival, adds up those of the three mini-batches that agree with the first (cosine distance up "
     "to 0.97) and skips the step where none does. These shares are the same whatever share of the labels is wrong."
