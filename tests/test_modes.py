@@ -86,6 +86,16 @@ CALLS = {
         cg.per_example_sq_norms(loss_fn)(d["p"], d["x"]),
         cg.alignments(loss_fn)(d["p"], d["x"], d["p"]),
     ),
+    "weighted_grads": lambda d: [
+        cg.weighted_grads(loss_fn, weighting, method=method, nonfinite=nonfinite)(d["p"], d["x"], d["mask"])
+        for weighting in (
+            cg.compose(cg.clip_quantile(0.5), cg.normalize(), cg.agreement(0.5), cg.geometric_median(2)),
+            cg.clip_norm(1.0, per_tensor=True),
+            cg.trim_loss(0.5),
+        )
+        for method, nonfinite in (("ghost", "skip"), ("vmap", "propagate"))
+    ],
+    "moments with weights": lambda d: cg.grad_moments(loss_fn)(d["p"], d["x"], weights=d["mask"].astype("float32")),
     "coherence": lambda d: (
         cg.coherence(d["moments"]),
         jax.jit(cg.coherence)(cg.merge(d["moments"], d["moments"])),

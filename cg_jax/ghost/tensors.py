@@ -238,9 +238,10 @@ def _kept(of: Pass) -> jax.Array:
 
 
 def selected(keep: jax.Array, rows: PyTree) -> PyTree:
-    """Rows, or zeros where `keep` [B] (or a scalar, for one row) is zero."""
+    """Rows, or zeros where `keep` [B] (or a scalar, for one row) is zero or False."""
+    is_kept = keep if keep.dtype == bool else keep > 0
     return jax.tree.map(
-        lambda leaf: jnp.where(keep.reshape(keep.shape + (1,) * (leaf.ndim - keep.ndim)) > 0, leaf, 0), rows
+        lambda leaf: jnp.where(is_kept.reshape(keep.shape + (1,) * (leaf.ndim - keep.ndim)), leaf, 0), rows
     )
 
 
