@@ -104,7 +104,7 @@ def test_one_gradient_cannot_be_taken_of_every_example_under_batch_norm(problem)
 
 def test_a_training_set_is_three_mini_batches_or_more(problem):
     model, *_ = problem
-    with pytest.raises(ValueError, match="Expected 3 mini-batches of batch_size=4 or more to train on, got 11 examples"):
+    with pytest.raises(ValueError, match="Expected 3 mini-batches of batch_size=4 or more to train on, got 11"):
         trainer(model, "sgd", Recipe(BATCH, RATE), 11)
 
 
