@@ -116,8 +116,10 @@ def test_learning_rates_are_chosen_on_a_seed_that_is_not_reported():
     assert comparison.tunings(NoiseConfig(learning_rates=(0.1,)), ["sgd"], Noise(), {}) == []
 
 
-TUNED = ["noise", *DIGITS, "--epochs", "2", "--methods", "sgd", "geomed", "--learning-rates", "0.01", "0.3"]
-TUNED += ["--validation", "0.2", "--rare", "0.2", "--noise-kind", "class", "--noise", "0.4", "--no-coherence"]
+TUNED = [
+    *("noise", *DIGITS, "--epochs", "2", "--methods", "sgd", "geomed", "--learning-rates", "0.01", "0.3"),
+    *("--validation", "0.2", "--rare", "0.2", "--noise-kind", "class", "--noise", "0.4", "--no-coherence"),
+]
 
 
 @pytest.fixture(scope="module")
