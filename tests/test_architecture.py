@@ -43,6 +43,7 @@ FLOORS = {
         ["backward", "plan"],
         ["cost", "passes"],
         ["explanation", "instances"],
+        ["by_primitive"],
         ["tensors"],
         ["scalars"],
         ["engine"],

@@ -104,6 +104,15 @@ def test_a_statistic():
     np.testing.assert_array_equal(aux, X[:, 1])
 
 
+def test_a_weighting():
+    cosine = _names("Add a weighting")["cosine"]
+    grads, info = cg.weighted_grads(_loss, cosine)(W, X)
+    rows = _grads(_loss, W, X)
+    want = np.maximum(rows @ rows.sum(0) / np.linalg.norm(rows, axis=1), 0)
+    np.testing.assert_allclose(info.weights, want / want.sum(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(grads, want @ rows / want.sum(), rtol=1e-4, atol=1e-6)
+
+
 def test_a_source():
     with_averages = _names("Add a source of k gradients")["with_averages"]
     optimizer = optax.chain(with_averages(cg.median(), (0.5, 0.9)), optax.sgd(1.0))

@@ -21,7 +21,7 @@ def test_it_runs(number):
 
 
 def test_it_shows_its_uses_in_python_and_links_to_what_is_there():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
     assert links
     assert all((ROOT / link).is_file() for link in links)

@@ -230,3 +230,21 @@ def test_explicit_weights_of_the_moments():
         np.testing.assert_allclose(moments.sum_losses, used @ np.asarray(losses), rtol=1e-5)
     with pytest.raises(ValueError, match=r"Expected weights to be real numbers of shape \[12\], got weights of dtype"):
         cg.grad_moments(mlp_loss)(PARAMS, batch, weights=w[:3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_narrow_parameters(name, dtype):
+    """The average has the parameters' dtype and is as near to the oracle as narrow cotangents allow."""
+    case = cases.CASES[name]
+    params, batch = case.cast(dtype)
+    grads, info = jax.jit(cg.weighted_grads(case.loss_fn, cg.geometric_median(2)))(params, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
+    assert info.weights.dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64) if oracle.is_float(x) else x, (params, batch))
+        losses, rows = oracle.per_example(case.loss_fn, *wide)
+    want = weights.geometric_median(losses, weights.flat(rows), 2)
+    np.testing.assert_allclose(info.weights, want, atol=2e-2)
+    for got, g in zip(jax.tree.leaves(grads), rows, strict=True):
+        close_to_scale([np.asarray(got, np.float64)], [np.einsum("b...,b->...", g, want)], 3e-2)

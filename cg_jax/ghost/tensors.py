@@ -7,19 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _compat, trees
+from cg_jax import trees
 from cg_jax._types import PyTree
-from cg_jax.ghost import instances, primitives, varying
-from cg_jax.ghost.capture import Use
+from cg_jax.ghost import instances
+from cg_jax.ghost.by_primitive import along_by_primitive, sum_by_vjp
 from cg_jax.ghost.chunks import accumulate, in_chunks, of_each
-from cg_jax.ghost.evaluation import evaluate, read_all
 from cg_jax.ghost.inline import InlinePlan
 from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.passes import ByParameter, Pass
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
 from cg_jax.ghost.products import along, instantiated, sum_of_products, without_gradients
-from cg_jax.ghost.uses import rearranged, to_parameter
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +44,12 @@ class ByProduct:
         return {parameter: self._sum(of, x, weighted(cotangent, weights[parameter])).astype(of.dtype(parameter))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:  # noqa: D102
-        return [along(self._product(of), *self._factors(of), direction[self.plan.parameter])]
+        product, v = self._product(of), direction[self.plan.parameter]
+        if product.rearranges:
+            return [along(product, *self._factors(of), v)]
+        if self.plan.places[0][0].nested is None:  # patches are much larger than the input
+            return [along_by_primitive(of, self.plan, v)]
+        return [in_chunks(lambda rows: along(product, rows[0], rows[1], v), self._factors(of), self.plan.chunk)]
 
     def _product(self, of: Pass) -> Product:
         return of.once((self, "product"), lambda: self.plan.bound(of.program, of.env))
@@ -72,7 +75,7 @@ class ByProduct:
         if self.plan.places[0][0].nested is not None:  # the primitive's own vjp is in the body
             return instantiated(product, x, cotangent, dtype, self.plan.chunk)[1]
         # Patches are much larger than the input, so the primitive's own vjp computes the sum.
-        return _sum_by_vjp(of, self.plan, [x], cotangent)
+        return sum_by_vjp(of, self.plan, [x], cotangent)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,35 +100,18 @@ class ByNorm:
 
     def sums(self, of: Pass) -> ByParameter:  # noqa: D102
         operands, (cotangent,) = of.traces[self.plan.places[0][0].key]
-        return {self.plan.parameter: _sum_by_vjp(of, self.plan, operands, cotangent).astype(self._dtype(of))}
+        return {self.plan.parameter: sum_by_vjp(of, self.plan, operands, cotangent).astype(self._dtype(of))}
 
     def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
         operands, (cotangent,) = of.traces[self.plan.places[0][0].key]
-        total = _sum_by_vjp(of, self.plan, operands, weighted(cotangent, weights[self.plan.parameter]))
+        total = sum_by_vjp(of, self.plan, operands, weighted(cotangent, weights[self.plan.parameter]))
         return {self.plan.parameter: total.astype(self._dtype(of))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:
         """The cotangent times the result at v, since the use is linear in the tensor."""
-        ((use, position),) = self.plan.places
-        path, parameter = self.plan.paths[0], self.plan.parameter
-        if path.length is not None:
-            return [self._along_gradients(of, direction[parameter])]
-        view = varying.transposed(
-            lambda g: to_parameter(of.program, (use, position), path, parameter, of.env, g),
-            use.site.eqn.invars[position].aval.shape,
-            direction[parameter],
-        )
-        local, transposed = _env_of(of, use), primitives.of(use.site.eqn).transposed
-        changed = {} if transposed is None else transposed(use.site.eqn)
-
-        def one(trace: Any) -> jax.Array:
-            seen, (cotangent,) = trace
-            values = instances.operands_of(use.site, local, seen)
-            values[position] = view
-            result = _compat.bind(use.site.eqn, values, **changed)[0]
-            return jnp.vdot(cotangent.astype(view.dtype), result)
-
-        return [jax.vmap(one)(of.traces[use.key])]
+        if self.plan.paths[0].length is not None:
+            return [self._along_gradients(of, direction[self.plan.parameter])]
+        return [along_by_primitive(of, self.plan, direction[self.plan.parameter])]
 
     def _along_gradients(self, of: Pass, direction: jax.Array) -> jax.Array:
         """`along` for a use in a scan, where the sum over one example is its gradient."""
@@ -133,7 +119,7 @@ class ByNorm:
 
         def one(trace: Any) -> jax.Array:
             operands, (cotangent,) = jax.tree.map(lambda x: x[None], trace)
-            return jnp.vdot(_sum_by_vjp(of, self.plan, operands, cotangent).astype(direction.dtype), direction)
+            return jnp.vdot(sum_by_vjp(of, self.plan, operands, cotangent).astype(direction.dtype), direction)
 
         return in_chunks(jax.vmap(one), of.traces[use.key], self.plan.chunk)
 
@@ -253,47 +239,3 @@ def weighted(rows: PyTree, weights: jax.Array) -> PyTree:
         return leaf * weights.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
 
     return jax.tree.map(scaled, rows)
-
-
-def _env_of(of: Pass, use: Use) -> dict[Any, Any]:
-    """The static values at a use. In the body of a checkpoint, those of the body."""
-    if use.nested is None:
-        return of.env
-    body, outer = use.nested.body, use.nested.operands
-    local = body.constants | dict(zip(outer, read_all(list(outer.values()), of.env), strict=True))
-    evaluate(body.static, local)
-    return local
-
-
-def _sum_by_vjp(of: Pass, tensor: RulePlan, seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
-    """Σ over the batch of the gradients of a tensor at its one use, by an ordinary vjp in the accumulator dtype."""
-    (place,), (path,) = tensor.places, tensor.paths
-    (use, position), dtype = place, of.dtype(tensor.parameter)
-    # A use in a scan is only handled here if it has no other static operand.
-    local = _env_of(of, use) if path.length is None else {}
-    changed = {"preferred_element_type": None} if "preferred_element_type" in use.site.eqn.params else {}
-    view = use.site.eqn.invars[position].aval
-
-    def widen(x: jax.Array) -> jax.Array:
-        return x.astype(dtype) if trees.is_differentiable(x) else x
-
-    def total(seen: list[jax.Array], cotangent: jax.Array) -> jax.Array:
-        def outputs(value: jax.Array) -> jax.Array:
-            def one(example: list[jax.Array]) -> jax.Array:
-                values = instances.operands_of(use.site, local, example)
-                values[position] = value
-                return _compat.bind(use.site.eqn, values, **changed)[0]
-
-            return jax.vmap(one)([widen(x) for x in seen])
-
-        # Every use with a rule is linear in the view.
-        return varying.transposed(outputs, view.shape, widen(cotangent))
-
-    if path.is_slice:
-        total = jax.vmap(total, in_axes=1)
-    elif path.length is not None:
-        seen, cotangent = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (seen, cotangent))
-    of_view = total(seen, cotangent)
-    if path.length is not None:
-        return rearranged(path.outer, of_view)
-    return to_parameter(of.program, place, path, tensor.parameter, of.env, of_view)
