@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from . import figures
 from .claims import Result, interval
@@ -37,7 +38,7 @@ def section(config: ComparisonConfig, labels: Mapping[str, str], rows: list[Row]
         _draw_dots(labels, cells, _ACCURACIES, folder / "accuracy.png")
         _draw_curves(labels, cells, folder / "curves.png")
         pictures = (Figure("accuracy.png", _ACCURACY), Figure("curves.png", _CURVES))
-        if any(key != "test" for _, key, _, _ in _shown(cells, _LOSSES)):
+        if _panels(cells, _LOSSES):
             _draw_dots(labels, cells, _LOSSES, folder / "memorised.png")
             pictures = (pictures[0], Figure("memorised.png", _MEMORISED), pictures[1])
     return Section(config.name, "Robust averages under label noise", _text(config), (*results,), (*tables,), pictures)
@@ -146,28 +147,35 @@ _HEADS = {
     ("last", "rare"): "rare class, last [%]",
 }
 
-# (quantity, the axis, (moment, its word, filled)) of figures of points.
-_Points = tuple[str, str, tuple[tuple[str, str, bool], ...]]
-_ACCURACIES: tuple[_Points, ...] = (
-    ("test", "test accuracy", (("selected", "selected epoch", True), ("last", "last epoch", False))),
-)
+# What a moment is called and drawn as: a marker, filled or not.
+_MOMENTS = {
+    "selected": ("selected epoch", "o", True),
+    "last": ("last epoch", "o", False),
+    "learnt": ("90% of the right labels learnt", "D", True),
+}
+# (quantity, the axis, moments) of figures of points.
+_Points = tuple[str, str, tuple[str, ...]]
+_ACCURACIES: tuple[_Points, ...] = (("test", "test accuracy", ("selected", "last")),)
 _LOSSES: tuple[_Points, ...] = (
-    (
-        "corrupt",
-        "wrong labels memorised",
-        (("last", "last epoch", False), ("learnt", "90% of the right ones learnt", True)),
-    ),
-    ("rare", "accuracy on the rare class", (("selected", "selected epoch", True), ("last", "last epoch", False))),
+    ("corrupt", "wrong labels memorised", ("learnt", "last")),
+    ("rare", "accuracy on the rare class", ("selected", "last")),
 )
 
 
-def _shown(cells: Mapping[str, pd.DataFrame], points: Sequence[_Points]) -> list[tuple[str, str, str, Any]]:
-    """(cell, quantity, axis, moments) of every panel that has something to show."""
+class _Panel(NamedTuple):
+    cell: str
+    key: str
+    axis: str
+    moments: tuple[str, ...]
+
+
+def _panels(cells: Mapping[str, pd.DataFrame], points: Sequence[_Points]) -> list[_Panel]:
+    """All that have something to show."""
     return [
-        (cell, key, axis, when)
-        for key, axis, when in points
+        _Panel(cell, *each)
+        for each in points
         for cell, table in cells.items()
-        if key in table and table[key].notna().any()
+        if each[0] in table and table[each[0]].notna().any()
     ]
 
 
@@ -175,42 +183,44 @@ def _draw_dots(
     labels: Mapping[str, str], cells: Mapping[str, pd.DataFrame], points: Sequence[_Points], path: Path
 ) -> None:
     """A panel for each cell and quantity, a line for each method."""
-    panels = _shown(cells, points)
+    panels = _panels(cells, points)
     methods = [method for method in METHODS if any(method in set(table["method"]) for table in cells.values())]
     rows = -(-len(panels) // _COLUMNS)
     size = (_SIZE[0], 0.8 + _SIZE[1] / 2 * rows)
     figure, axes = figures.grid(rows, min(len(panels), _COLUMNS), size, share_y=True)
-    for ax, (cell, key, axis, when) in zip(axes.flat, panels, strict=False):
-        _dots(ax, cells[cell], methods, key, when)
-        ax.set_title(labels[cell], fontsize=10)
-        ax.set_xlabel(axis)
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        for number, moment in enumerate(panel.moments):
+            up = 0.3 * (number - (len(panel.moments) - 1) / 2)
+            _dots(ax, cells[panel.cell], methods, panel.key, moment, up)
+        ax.set_title(labels[panel.cell], fontsize=10)
+        ax.set_xlabel(panel.axis)
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        ax.tick_params(axis="y", labelsize=9)
         figures.percent_axis(ax, x=True)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    axes[0, 0].set_yticks(range(len(methods)), [METHODS[method].label for method in methods], fontsize=9)
+    axes[0, 0].set_yticks(range(len(methods)), [METHODS[method].label for method in methods])
     axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
-    for moment, word, filled in dict.fromkeys(each for _, _, _, when in panels for each in when):
-        del moment
-        face = "black" if filled else "none"
-        axes[0, 0].plot([], [], "o", color="black", markerfacecolor=face, label=word)
+    for word, marker, filled in [
+        _MOMENTS[each] for each in dict.fromkeys(m for panel in panels for m in panel.moments)
+    ]:
+        axes[0, 0].plot([], [], marker, color="black", markerfacecolor="black" if filled else "none", label=word)
     figures.legend(figure, axes[0, 0])
     figures.save(figure, path)
 
 
-def _dots(ax: Any, table: pd.DataFrame, methods: Sequence[str], key: str, when: Any) -> None:
-    """Mean and 95% interval of every method at some moments."""
-    seeds = table["seed"].nunique()
-    for number, (moment, _, filled) in enumerate(when):
-        at_moment = moments(table, moment)
-        for y, method in enumerate(methods):
-            lines = of_method(method, at_moment, seeds)
-            if lines is None:
-                continue
-            ends, color = interval(lines[key].to_numpy(float)), METHODS[method].line.color
-            height = y + 0.3 * (number - (len(when) - 1) / 2)
-            if np.isfinite(ends.low):
-                ax.plot([ends.low, ends.high], [height, height], color=color, linewidth=1, alpha=0.6)
-            ax.plot(ends.mean, height, "o", color=color, markersize=5, markerfacecolor=color if filled else "white")
+def _dots(ax: Any, table: pd.DataFrame, methods: Sequence[str], key: str, moment: str, up: float) -> None:
+    """Mean and 95% interval of every method that reached a moment with every seed."""
+    at_moment, seeds = moments(table, moment), table["seed"].nunique()
+    _, marker, filled = _MOMENTS[moment]
+    for y, method in enumerate(methods):
+        lines = of_method(method, at_moment, seeds)
+        if lines is None:
+            continue
+        ends, color = interval(lines[key].to_numpy(float)), METHODS[method].line.color
+        if np.isfinite(ends.low):
+            ax.plot([ends.low, ends.high], [y + up, y + up], color=color, linewidth=1, alpha=0.6)
+        ax.plot(ends.mean, y + up, marker, color=color, markersize=5, markerfacecolor=color if filled else "white")
 
 
 def _draw_curves(labels: Mapping[str, str], cells: Mapping[str, pd.DataFrame], path: Path) -> None:
@@ -224,10 +234,11 @@ def _draw_curves(labels: Mapping[str, str], cells: Mapping[str, pd.DataFrame], p
             ax.plot(along.epoch, along.mean, label=line.label, color=line.color, linestyle=line.style, linewidth=1.3)
         ax.set_title(labels[cell], fontsize=10)
         ax.set_xlabel("epoch")
-        ax.set_ylabel("test accuracy")
         best = max(curve(table[table["method"] == method], "test").mean.max() for method in table["method"].unique())
         ax.set_ylim(best - 0.4, best + 0.02)
         figures.percent_axis(ax)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("test accuracy")
     for ax in axes.flat[len(cells) :]:
         ax.set_axis_off()
     widest = max(axes.flat[: len(cells)], key=lambda ax: len(ax.get_lines()))
@@ -241,7 +252,7 @@ _ACCURACY = (
 )
 _MEMORISED = (
     "The share of the wrong labels that the network has memorised, at the last epoch (hollow) and where 90% of the "
-    "right ones are learnt (filled; no point where not every seed got there); and the accuracy on test examples of the "
+    "right ones are learnt (diamonds; none where not every seed got there); and the accuracy on test examples of the "
     "class of which most training examples were left out. Points are means over seeds, bars their 95% intervals."
 )
 _CURVES = "Test accuracy against epochs, means over seeds. Each panel shows the 42 points below the best."

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import shutil
+import sys
 
 import jax
 import numpy as np
 import pandas as pd
 import pytest
+from processes import free_port, outputs, running
 
+from benchmarks.kills import ENVIRONMENT
 from experiments import comparison, data, loop, moments, robust_report
 from experiments.__main__ import main
 from experiments.arrays import InMemory
@@ -313,3 +317,20 @@ def test_shares_of_nothing_are_no_numbers():
     labels = np.array([1, 2])
     assert pd.isna(comparison.shares(labels, labels, labels)["corrupt"])
     assert moments.in_percent(pd.Series([np.nan])) == "–"
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same_learning_rates(tmp_path):
+    """The second has no rows of what was measured before they went on: it is told the choice."""
+    out, metrics = tmp_path / "run", b""
+    for again in (False, True):
+        cluster = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
+        start = [sys.executable, "-m", "experiments", *TUNED, "--epochs", "1", "--save-every", "10"]
+        commands = [[*start, *cluster, p, "--out", folder] for p, folder in enumerate((out, tmp_path / "none"))]
+        with running(commands, [ENVIRONMENT] * 2) as started:
+            said = outputs(started)[0][1]
+        if not again:
+            metrics = (out / "metrics.jsonl").read_bytes()
+            shutil.rmtree(max((out / "checkpoints").iterdir(), key=lambda path: int(path.name)))
+    assert "of training 6." in said
+    assert (out / "metrics.jsonl").read_bytes() == metrics
