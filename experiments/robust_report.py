@@ -69,7 +69,7 @@ def _text(config: ComparisonConfig) -> tuple[str, ...]:
         + " That is done without wrong labels, for settings that have none, and with 40% redrawn, for the rest.",
         BY_EXAMPLE.format(batch=3 * config.batch_size),
         "Many claims are judged here, each by its own 95% interval: of forty without any effect, two would still show "
-        "one. Seconds are of one core that other processes may have shared.",
+        "one.",
         described(config),
     )
 
@@ -134,7 +134,7 @@ def _table(label: str, methods: Sequence[str], table: pd.DataFrame, seconds: Map
         rate, epoch = f"{selected['learning_rate'].iloc[0]:g}", f"{selected['epoch'].mean():.1f}"
         lines.append((METHODS[method].label, rate, spent, epoch, *texts))
     heads = ("method", "learning rate", "training [s]", "selected epoch", *(_HEADS[column] for column in columns))
-    note = f"Means ± one deviation over {seeds} seed(s); seconds are a median over all trainings of the method."
+    note = f"Means ± one deviation over {seeds} seed(s); seconds of the fastest training of the method in any setting."
     return Table(label.capitalize(), heads, tuple(lines), note)
 
 

@@ -18,9 +18,9 @@ def keep_seconds(folder: Path) -> None:
 
 
 def seconds_of(folder: Path) -> dict[str, float]:
-    """The median seconds of one training of each method, without measuring and saving; {} where none were kept.
+    """The seconds of the fastest training of each method, without measuring and saving; {} where none were kept.
 
-    A median, since the first training of a method compiles its step too.
+    The fastest, since the first one compiles its step too, and others may have shared their core with other programs.
     """
     timings, kept = folder / "timings.jsonl", folder / _FILE
     if timings.is_file():
@@ -29,7 +29,7 @@ def seconds_of(folder: Path) -> dict[str, float]:
 
 
 def from_timings(path: Path) -> dict[str, float]:
-    """By method: the last line of each training less its first; medians over all that are reported."""
+    """By method: the last line of each training less its first; the least of all that are reported."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     table = pd.DataFrame([line for line in lines if not line.get("tuning")])
     if table.empty:
@@ -38,4 +38,4 @@ def from_timings(path: Path) -> dict[str, float]:
     steps = runs["step"].agg("last")
     whole = steps == steps.groupby(["cell", "method"]).transform("max")
     spent = (runs["training"].agg("last") - runs["training"].agg("first"))[whole]
-    return {str(name): round(float(value), 3) for name, value in spent.groupby("method").median().items()}
+    return {str(name): round(float(value), 3) for name, value in spent.groupby("method").min().items()}
