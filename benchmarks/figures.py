@@ -17,6 +17,18 @@ from matplotlib.patches import FancyBboxPatch
 SIDES = {"cg_jax": "#1b6ca8", "vmap": "#d1495b", "micro_grad": "#edae49"}
 LABELS = {"cg_jax": "cg_jax", "vmap": "vmap(grad)", "micro_grad": "optax micro_grad, best size"}
 
+WEIGHTED = {
+    "clip_norm": ("clip_norm", "#1b6ca8"),
+    "clip_quantile": ("clip_quantile", "#4a90c2"),
+    "normalize": ("normalize", "#8fbcd9"),
+    "agreement": ("agreement(0.5)", "#2a9d8f"),
+    "geometric_median": ("geometric_median(4)", "#8ac926"),
+    "recipe": ("clip_norm: norms, then a second backward pass", "#999999"),
+    "optax": ("clip_norm: optax on vmap(grad)", "#edae49"),
+    "jax_privacy": ("clip_norm: jax_privacy, best microbatch", "#d1495b"),
+}
+WEIGHTED_AT = {"MLP": 128, "CNN": 128, "ResNet-8": 32, "ResNet-18": 32, "ViT": 32, "GPT": 8}
+
 
 def costs(results: list[dict[str, Any]], path: Path) -> None:
     """Time and memory of every side over the plain gradient's, model by model, over batch sizes."""
@@ -88,6 +100,32 @@ def scaling(measured: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
+def weighted(measured: dict[str, Any], path: Path) -> None:
+    """Time of every side over the plain gradient's, model by model at one batch size, with the goals."""
+    rows = [row for row in measured["results"] if row["batch_size"] == WEIGHTED_AT[row["name"].split()[0]]]
+    fig, axis = plt.subplots(figsize=(13.5, 4.6), layout="constrained")
+    width, goals = 0.88 / len(WEIGHTED), []
+    for number, (side, (label, color)) in enumerate(WEIGHTED.items()):
+        places = [i + (number - (len(WEIGHTED) - 1) / 2) * width for i in range(len(rows))]
+        have = [(x, row["sides"][side]) for x, row in zip(places, rows, strict=True) if side in row["sides"]]
+        axis.bar([x for x, _ in have], [entry["ratio"] for _, entry in have], width, color=color, label=label)
+        for x, entry in have:
+            top = 1.1 * max(entry["ratio"], entry.get("goal", 0))
+            axis.text(x, top, f"{entry['ratio']:.3g}", fontsize=6.5, rotation=90, ha="center", va="bottom")
+        goals += [(x, entry["goal"]) for x, entry in have if "goal" in entry]
+    axis.hlines([goal for _, goal in goals], [x - width / 2 for x, _ in goals], [x + width / 2 for x, _ in goals],
+                color="black", linewidth=2, label="goal")  # fmt: skip
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    names = [row["name"].replace(" ", "\n", 1) + f"\nbatch {row['batch_size']}" for row in rows]
+    axis.set(yscale="log", ylabel="time / that of a plain gradient", xticks=range(len(rows)))
+    axis.set_xticklabels(names, fontsize=8)
+    axis.set_ylim(0.5, 3 * max(entry["ratio"] for row in rows for entry in row["sides"].values()))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.legend(fontsize=8, ncols=5, loc="upper right")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
 def _box(axis: Any, x: float, y: float, text: str, color: str, width: float = 2.7) -> None:
     style: dict[str, Any] = {
         "boxstyle": "round,pad=0.02,rounding_size=0.15",
@@ -141,11 +179,12 @@ def how_it_works(path: Path) -> None:
 
 
 def main(results: Path = Path("benchmarks/results"), docs: Path = Path("docs")) -> None:
-    """Draw results/engine.png and results/scaling.png from their JSON files, and docs/engine.png."""
+    """Draw results/engine.png, scaling.png and weighted.png from their JSON files, and docs/engine.png."""
     docs.mkdir(parents=True, exist_ok=True)
     how_it_works(docs / "engine.png")
     costs(json.loads((results / "engine.json").read_text())["results"], results / "engine.png")
     scaling(json.loads((results / "scaling.json").read_text()), results / "scaling.png")
+    weighted(json.loads((results / "weighted.json").read_text()), results / "weighted.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cg_jax", "experiments", "benchmarks")
+PACKAGES = ("cg_jax", "experiments", "benchmarks", "examples")
 MAX_FILE, MAX_FUNCTION = 300, 50
 RETIRED = {"found", "how", "made", "todo", "lie", "lies", "behind", "relaxed"}
 
