@@ -4,6 +4,7 @@ from cg_jax.aggregate import consecutive, m3, median_of_k, ra3, rm3, rolling, st
 from cg_jax.bound import generalization_bound
 from cg_jax.checked import checked
 from cg_jax.collective import across_devices
+from cg_jax.coordinatewise import coordinatewise_grads
 from cg_jax.estimators import Batch, Estimator, Exact, Signs, register_estimator
 from cg_jax.ghost import Norm, Product, explain, register_rule
 from cg_jax.measure import measure_coherence
@@ -48,6 +49,7 @@ __all__ = [
     "coherence",
     "compose",
     "consecutive",
+    "coordinatewise_grads",
     "explain",
     "generalization_bound",
     "geometric_median",

@@ -16,6 +16,7 @@ import optax
 from cg_jax import _compat, _validate, incoming
 from cg_jax._types import PyTree
 from cg_jax.rules import Rule, applied, require_rule
+from cg_jax.sharding.axes import require_bound
 
 _REMEDY = (  # without and with `stacked`
     "take g[0] of each leaf of micro_batch_grads(loss_fn, 1), or pass stacked=True for k gradients on every device",
@@ -106,15 +107,8 @@ def _names(axis_name: Any) -> tuple[Any, ...]:
 
 
 def _check(updates: PyTree, axis_name: Any) -> None:
-    names = _names(axis_name)
-    try:
-        tracked = _compat.varying_axes(*(jax.lax.axis_index(name) for name in names))
-    except NameError:
-        around = _compat.bound_axes()
-        present = f"axes {', '.join(map(repr, around))}" if around else "none"
-        raise ValueError(
-            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around across_devices, got {present}."
-        ) from None
+    names = require_bound(axis_name, "across_devices")
+    tracked = _compat.tracked_axes() & set(names)
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         missing = [name for name in names if name in tracked - _compat.varying_axes(leaf)]
         if missing:

@@ -41,6 +41,10 @@ class ExampleGradients(Protocol):
         """⟨gᵢ, v⟩ [B], v like the parameters."""
         ...
 
+    def mutual_alignments(self, weights: jax.Array | None) -> jax.Array:
+        """⟨gᵢ, Σ wⱼ gⱼ⟩ [B], weights [B], or None for ⟨gᵢ, Σ gⱼ⟩."""
+        ...
+
     def without(self, keep: jax.Array) -> "ExampleGradients":
         """The same gradients, but zero for rows where `keep` is False, even if they are not finite."""
         ...
@@ -63,6 +67,9 @@ class _ByEngine:
 
     def alignments(self, direction: PyTree) -> jax.Array:
         return ghost.alignments(self.of, direction)
+
+    def mutual_alignments(self, weights: jax.Array | None) -> jax.Array:
+        return ghost.mutual_alignments(self.of, weights)
 
     def without(self, keep: jax.Array) -> "_ByEngine":
         return _ByEngine(ghost.without_rows(self.of, keep))
@@ -93,6 +100,9 @@ class _Materialised:
         rows = _compat.varying_axes(self.losses)
         parts = jax.tree.map(lambda g, v: _compat.sum_over(trees.row_inner(g, v), rows), self.grads, direction)
         return trees.total(parts)
+
+    def mutual_alignments(self, weights: jax.Array | None) -> jax.Array:
+        return self.alignments(self.sums() if weights is None else self.weighted_sums(weights))
 
     def without(self, keep: jax.Array) -> "_Materialised":
         return _Materialised(self.losses, ghost.selected(keep, self.grads), self.aux)

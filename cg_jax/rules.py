@@ -1,9 +1,8 @@
 """Coordinate-wise rules, which reduce k values of every coordinate to one.
 
-A rule is a function [k, *shape] → [*shape]. Up to `_NETWORK_LIMIT` values, the median and its relatives are a network
-of minima and maxima (Batcher's merge exchange, reduced to the needed outputs). This is elementwise work, which
-compilers fuse and accelerators run at memory speed; a sort is not. Sums are unrolled too: a reduction over the leading
-axis of a large array is several times slower on a CPU.
+A rule is a function [k, *shape] → [*shape]. The median and its relatives are elementwise work, networks of minima and
+maxima (`order_statistics`), which compilers fuse and accelerators run at memory speed; a sort is not. Sums are unrolled
+too: a reduction over the leading axis of a large array is several times slower on a CPU.
 
 Every rule is finite if its values are. Sums that would leave the range of the dtype use scaled values.
 """
@@ -18,11 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _validate, trees
+from cg_jax.order_statistics import NETWORK_LIMIT, order_statistics, row_sum
 
 Rule = Callable[[jax.Array], jax.Array]
-
-_NETWORK_LIMIT = 16
-_UNROLL_LIMIT = 64
 
 
 class _NotATransformationError(TypeError, AttributeError):
@@ -71,48 +68,6 @@ def applied(rule: Rule, values: jax.Array) -> jax.Array:
     return out
 
 
-@functools.cache
-def _merge_exchange(n: int) -> tuple[tuple[int, int], ...]:
-    """Comparators (i, j), i < j, that sort n wires in ascending order (Knuth, TAOCP vol. 3, 5.2.2 M, mirrored)."""
-    comparators = []
-    top = 1 << max(n - 1, 1).bit_length() - 1
-    p = top
-    while p:
-        q, r, d = top, 0, p
-        while True:
-            comparators += [(n - 1 - i - d, n - 1 - i) for i in range(n - d) if i & p == r]
-            if q == p:
-                break
-            q, r, d = q // 2, p, q - p
-        p //= 2
-    return tuple(comparators)
-
-
-@functools.cache
-def _network(n: int, wanted: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
-    """(i, j, minimum needed, maximum needed) of the comparators that the wanted wires of the sorted order need."""
-    needed, kept = set(wanted), []
-    for i, j in reversed(_merge_exchange(n)):
-        if i in needed or j in needed:
-            kept.append((i, j, i in needed, j in needed))
-            needed |= {i, j}
-    return tuple(reversed(kept))
-
-
-def _order_statistics(values: jax.Array, wanted: Sequence[int]) -> list[jax.Array]:
-    """The wanted order statistics of the k values of each coordinate. NaN if any of the k values is."""
-    k = values.shape[0]
-    if k > _NETWORK_LIMIT:
-        ordered = jnp.sort(values, axis=0)  # NaN last
-        spoilt = jnp.isnan(ordered[-1])
-        return [jnp.where(spoilt, jnp.nan, ordered[i]) for i in wanted]
-    wires = [values[i] for i in range(k)]
-    for i, j, low, high in _network(k, tuple(wanted)):
-        a, b = wires[i], wires[j]
-        wires[i], wires[j] = jnp.minimum(a, b) if low else a, jnp.maximum(a, b) if high else b
-    return [wires[i] for i in wanted]
-
-
 def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
     """(low + high)/2, or low/2 + high/2 if the sum could overflow. The bits are the same except for the overflow."""
     large = jnp.maximum(jnp.abs(low), jnp.abs(high)) > jnp.finfo(low.dtype).max / 2
@@ -131,7 +86,8 @@ def _in_range(mean: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], pea
         return mean(lambda value: value.astype(wide)).astype(dtype)
     peak, scale = peak.astype(wide), 0.5 ** (k - 1).bit_length()
     large = peak > jnp.finfo(wide).max * scale
-    plain = mean(lambda value: jnp.where(large, value.astype(wide) * scale, value.astype(wide)))
+    factor = jnp.where(large, scale, 1).astype(wide)
+    plain = mean(lambda value: value.astype(wide) * factor)
     restored = jnp.clip(plain, -peak * scale, peak * scale) / scale
     return jnp.where(large, restored, plain).astype(dtype)
 
@@ -149,7 +105,53 @@ def _ordered_mean(ordered: Sequence[jax.Array], clip: int = 0) -> jax.Array:
         ends = [clip * (values[0] + values[-1])] if clip else []
         return _sum([*values, *ends]) / k
 
-    return _in_range(mean, jnp.maximum(jnp.abs(ordered[0]), jnp.abs(ordered[-1])), k)
+    return _in_range(mean, _largest(ordered[0], ordered[-1]), k)
+
+
+def _largest(low: jax.Array, high: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.abs(low), jnp.abs(high))
+
+
+def _median(values: jax.Array) -> jax.Array:
+    k = values.shape[0]
+    if k % 2:
+        return order_statistics(values, [k // 2])[0]
+    return _middle(*order_statistics(values, [k // 2 - 1, k // 2]))
+
+
+_median_of_many = jax.jit(_median)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _trimmed_mean(values: jax.Array, trim: int) -> jax.Array:
+    """The mean of the values between two order statistics, and of as many of their ties as remain."""
+    k = values.shape[0]
+    low, high = order_statistics(values, [trim, k - trim - 1])
+
+    def mean(fit: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def term(row: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            below = row <= low
+            above = (row >= high) & ~below
+            kept = fit(jnp.where(below | above, 0, row))
+            return kept, below.astype(kept.dtype), above.astype(kept.dtype)
+
+        inner, below, above = row_sum(term, values)
+        total = inner + (below - trim) * fit(low) + (above - trim) * fit(high)
+        return total / (k - 2 * trim)
+
+    return jnp.where(low == high, low, _in_range(mean, _largest(low, high), k))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _winsorized_mean(values: jax.Array, clip: int) -> jax.Array:
+    """The mean of the values, clipped to two order statistics."""
+    k = values.shape[0]
+    low, high = order_statistics(values, [clip, k - clip - 1])
+
+    def mean(fit: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return row_sum(lambda row: fit(jnp.where(row < low, low, jnp.where(row > high, high, row))), values) / k
+
+    return _in_range(mean, _largest(low, high), k)
 
 
 def _checked(values: jax.Array, name: str = "", number: int = 0) -> jax.Array:
@@ -179,13 +181,8 @@ def mean() -> Rule:
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values)
         k = values.shape[0]
-        if k > _UNROLL_LIMIT:
-            peak = jnp.abs(values).max(0)
-        else:
-            peak = functools.reduce(jnp.maximum, [jnp.abs(value) for value in values])
-        if k > _NETWORK_LIMIT:
-            return _in_range(lambda fit: jax.vmap(fit)(values).mean(0), peak, k)
-        return _in_range(lambda fit: _sum([fit(value) for value in values]) / k, peak, k)
+        peak = row_sum(jnp.abs, values, jnp.maximum)
+        return _in_range(lambda fit: row_sum(fit, values) / k, peak, k)
 
     return _NamedRule("mean", None, rule)
 
@@ -193,8 +190,8 @@ def mean() -> Rule:
 def median() -> Rule:
     """The rule that takes the middle of the k values of each coordinate, or (a + b)/2 of the middle two for even k.
 
-    For k = 3 it is max(min(a, b), min(max(a, b), c)), without a sort. Up to 16 values it is a similar network of minima
-    and maxima. The result is NaN if any of the k values is, as in `jax.numpy.median`.
+    For k = 3 it is max(min(a, b), min(max(a, b), c)), without a sort. Other k take a similar network of minima and
+    maxima. The result is NaN if any of the k values is, as in `jax.numpy.median`.
 
     Returns:
         A function [k, *shape] → [*shape] of the same dtype.
@@ -211,11 +208,7 @@ def median() -> Rule:
 
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values)
-        k = values.shape[0]
-        if k % 2:
-            return _order_statistics(values, [k // 2])[0]
-        low, high = _order_statistics(values, [k // 2 - 1, k // 2])
-        return _middle(low, high)
+        return (_median_of_many if values.shape[0] > NETWORK_LIMIT else _median)(values)
 
     return _NamedRule("median", None, rule)
 
@@ -244,7 +237,9 @@ def trimmed_mean(trim: int) -> Rule:
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values, "trim", trim)
         k = values.shape[0]
-        return _ordered_mean(_order_statistics(values, range(trim, k - trim)))
+        if k > NETWORK_LIMIT:
+            return _trimmed_mean(values, trim)
+        return _ordered_mean(order_statistics(values, range(trim, k - trim)))
 
     return _NamedRule("trimmed_mean", trim, rule)
 
@@ -277,6 +272,8 @@ def winsorized_mean(clip: int) -> Rule:
     def rule(values: jax.Array) -> jax.Array:
         values = _checked(values, "clip", clip)
         k = values.shape[0]
-        return _ordered_mean(_order_statistics(values, range(clip, k - clip)), clip)
+        if k > NETWORK_LIMIT:
+            return _winsorized_mean(values, clip)
+        return _ordered_mean(order_statistics(values, range(clip, k - clip)), clip)
 
     return _NamedRule("winsorized_mean", clip, rule)

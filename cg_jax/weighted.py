@@ -128,7 +128,7 @@ def _weighted_grads(
     dtype: Any,
     has_aux: bool,
 ) -> tuple[tuple[PyTree, WeightedInfo], PyTree]:
-    axes = axes_of(axis_name)
+    axes = axes_of(axis_name, "weighted_grads")
     size = jax.tree.leaves(batch)[0].shape[0]
     of = example_gradients(loss_fn, params, batch, mask, method, max_bytes, has_aux)
     keep = jnp.ones(size, bool) if mask is None else mask
@@ -144,10 +144,9 @@ def _weighted_grads(
     total = _total(of, keep, axes, weights)
     kept, _ = trees.partition(params)
     grads = jax.tree.map(lambda g, p: g.astype(dtype or p.dtype), total, jax.tree.map(jnp.asarray, kept))
-    sums = axes.sum(zero_where(~keep.any(), of.sums()))
     sum_sq_norms = jax.tree.map(jnp.sum, statistics.tensor_sq_norms)
     count = statistics.mask.sum(dtype=jnp.int32)
-    moments = GradMoments(count, statistics.losses.sum(), sums, sum_sq_norms)
+    moments = GradMoments(count, statistics.losses.sum(), _total(of, keep, axes, None), sum_sq_norms)
     info = WeightedInfo(statistics.losses, statistics.sq_norms, weights, moments, axes.sum(bad.sum(dtype=jnp.int32)))
     return (grads, info), aux
 
@@ -159,7 +158,7 @@ def _sq_norms(of: ExampleGradients, axes: Axes) -> PyTree:
 
 
 def _total(of: ExampleGradients, keep: jax.Array, axes: Axes, weights: PyTree) -> PyTree:
-    """Σ wᵢ gᵢ over the examples of all devices, in the accumulator dtype. `weights` is None for all ones."""
+    """Σ wᵢ gᵢ over the examples of all devices, in the accumulator dtype. `weights` is None for Σ gᵢ."""
     if weights is None:
         return axes.sum(zero_where(~keep.any(), of.sums()))
     own = jax.tree.map(axes.own, weights)
@@ -170,12 +169,16 @@ def _statistics(of: ExampleGradients, keep: jax.Array, axes: Axes) -> ExampleSta
     """The statistics of the examples of all devices."""
 
     def alignments(weights: jax.Array | None = None) -> jax.Array:
-        along = of.alignments(_total(of, keep, axes, weights))
-        return axes.gather(zero_where(~keep, along))
+        if weights is not None:
+            weights = jnp.where(everywhere, weights, 0)
+        if axes.is_one_device:
+            return zero_where(~keep, of.mutual_alignments(weights))
+        return axes.gather(zero_where(~keep, of.alignments(_total(of, keep, axes, weights))))
 
+    everywhere = axes.gather(keep)
     sq_norms = jax.tree.map(axes.gather, zero_where(~keep, _sq_norms(of, axes)))
     losses = axes.gather(zero_where(~keep, trees.accumulate(of.losses)))
-    return ExampleStatistics(losses, trees.total(sq_norms), sq_norms, axes.gather(keep), alignments)
+    return ExampleStatistics(losses, trees.total(sq_norms), sq_norms, everywhere, alignments)
 
 
 def _checked(weights: Any, of: ExampleStatistics, weighting: Weighting) -> PyTree:

@@ -33,7 +33,7 @@ COLUMNS: tuple[tuple[str, str, float, float, str], ...] = (
         "#b5dfb4",
         9.0,
         11.8,
-        "incoming rules slots collective aggregate micro_batch weighting checked weighted",
+        "incoming order_statistics rules slots collective aggregate micro_batch weighting checked coordinatewise weighted",
     ),
 )
 RIGHT = COLUMNS[-1][3]

@@ -18,11 +18,11 @@ FLOORS = {
     "cg_jax": [
         ["_types"],
         ["_jaxprs", "_leaves", "trees"],
-        ["_compat", "_validate", "incoming"],
+        ["_compat", "_validate", "incoming", "order_statistics"],
         ["_compiled", "_data", "_loss", "bound", "moments", "rules", "sharding", "weighting"],
         ["_per_batch", "batches", "collective", "ghost", "metrics", "slots"],
         ["aggregate", "gradients", "micro_batch"],
-        ["checked", "per_example", "statistics", "weighted"],
+        ["checked", "coordinatewise", "per_example", "statistics", "weighted"],
         ["estimators"],
         ["stream"],
         ["measure"],
@@ -46,7 +46,7 @@ FLOORS = {
         ["by_primitive"],
         ["tensors"],
         ["scalars"],
-        ["engine"],
+        ["columns", "engine"],
         ["__init__"],
     ],
     "cg_jax.ghost.primitives": [

@@ -79,7 +79,13 @@ def _up_to_ties(which, losses, g, want, got):
     return np.where(got > 0, before, 0) / before[got > 0].sum()
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+# The others run in `make test-all`.
+SOME = ("mlp", "cnn", "tied embedding", "custom_vjp", "loss that ignores the example")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in cases.CASES]
+)
 def test_every_weighting_of_every_model_is_that_of_the_oracle(name):
     with jax.enable_x64(True):
         loss_fn, (params, batch) = cases.CASES[name].loss_fn, _numbers(name)

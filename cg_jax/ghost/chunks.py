@@ -94,11 +94,11 @@ def of_each(gradient: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
 def _by_shard(rows: PyTree, chunk: int) -> PyTree | None:
     """Rows as [shards, size, ...] if the compiler may shard them and one chunk does not hold all."""
     size = jax.tree.leaves(rows)[0].shape[0]
-    shards = math.gcd(size, _auto_shards(rows)) if chunk < size else 1
+    shards = math.gcd(size, auto_shards(rows)) if chunk < size else 1
     return None if shards == 1 else jax.tree.map(lambda x: x.reshape(shards, size // shards, *x.shape[1:]), rows)
 
 
-def _auto_shards(tree: PyTree) -> int:
+def auto_shards(tree: PyTree) -> int:
     """The most devices that the compiler may shard arrays over: those on the Auto axes of their mesh."""
     sizes = [1]
     for leaf in jax.tree.leaves(tree):

@@ -13,7 +13,7 @@ from cg_jax._types import PyTree
 from cg_jax.ghost import capture, cost
 from cg_jax.ghost.backward import Backward, backward, located_errors
 from cg_jax.ghost.capture import Program
-from cg_jax.ghost.chunks import accumulate_with
+from cg_jax.ghost.chunks import accumulate_with, auto_shards
 from cg_jax.ghost.evaluation import evaluate
 from cg_jax.ghost.inline import InlinePlan
 from cg_jax.ghost.norm import Norm
@@ -145,8 +145,33 @@ def alignments(of: Pass, direction: PyTree) -> jax.Array:
     Inside shard_map, parts of tensors that are sharded over another axis than the examples are summed over it.
     """
     by_parameter = dict(enumerate(jax.tree.leaves(trees.accumulate(direction))))
+    return _over_shards(of, [part for tensors in of.tensors for part in tensors.along(of, by_parameter)])
+
+
+def mutual_alignments(of: Pass, weights: jax.Array | None) -> jax.Array:
+    """⟨gᵢ, Σ wⱼ gⱼ⟩ [B]: `alignments` along `weighted_sums`, or along `sums`, or by the inner products of all pairs.
+
+    The pairs of a tensor cost the same for any number of calls. If the compiler may shard the batch, they would move
+    the inputs and cotangents of all examples to every device.
+    """
+    parts: list[jax.Array] = []
+    is_sharded = auto_shards(of.batch) > 1
+    for tensors in of.tensors:
+        pairs = tensors.pairs(of) if isinstance(tensors, ByProduct) and not is_sharded else None
+        if pairs is not None:
+            row = jnp.ones(of.losses.shape) if weights is None else weights
+            parts.append(jnp.dot(pairs, row.astype(pairs.dtype), precision="highest"))
+        elif weights is None:
+            parts += tensors.along(of, tensors.sums(of))
+        else:
+            by_parameter = dict.fromkeys(range(len(jax.tree.leaves(of.kept))), weights)
+            parts += tensors.along(of, tensors.weighted_sums(of, by_parameter))
+    return _over_shards(of, parts)
+
+
+def _over_shards(of: Pass, parts: list[jax.Array]) -> jax.Array:
+    """The sum of parts [B] of inner products."""
     rows = _compat.varying_axes(of.losses)
-    parts = [part for tensors in of.tensors for part in tensors.along(of, by_parameter)]
     return trees.total([_compat.sum_over(part, rows) for part in parts]) if parts else jnp.zeros(of.losses.shape)
 
 

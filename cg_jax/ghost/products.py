@@ -24,6 +24,8 @@ from cg_jax.ghost.product import Product
 # The cost of one number of G in multiplications, on a CPU.
 _PER_NUMBER = 20
 _PER_NUMBER_OF_PATCHES = 4
+# The most inner products of pairs that are built for one tensor, 64 MiB in float32.
+_PAIRS = 2**24
 # On a CPU, arrays that fit this cache are several times faster.
 _CACHE_BYTES = 2**20
 
@@ -74,7 +76,7 @@ def instantiated(product: Product, x: Any, cotangent: Any, dtype: Any, chunk: in
     scale = product.scale.swapaxes(1, 2) if flip and product.scale is not None else product.scale
 
     def gradients(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        a, b, letters = _factors(product, *rows)
+        a, b, letters = factors_of(product, *rows)
         a, b = (each.reshape(-1, *each.shape[2:]) for each in (a, b))
         if a.shape[0] == 1:  # XLA computes one product faster than a batch of one
             g = _dot(product, dtype, f"{letters},tp->{order}", a[0], b[0])
@@ -133,7 +135,7 @@ def _without_gradients(product: Product, form: str, x: Any, cotangent: Any, dtyp
         return of_input * of_cotangent
 
     def sq_norms(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        a, b, letters = _factors(product, *rows)
+        a, b, letters = factors_of(product, *rows)
         if form == "closed" and product.scale is not None:
             a, b, scale = (jnp.square(each.astype(dtype)) for each in (a[:, :, 0], b[:, :, 0], product.scale))
             return (_dot(product, dtype, "bnd,ndp->bnp", a, scale) * b).sum((1, 2))
@@ -150,7 +152,7 @@ def sum_of_products(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax
 
 
 def _sum(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax.Array:
-    a, b, letters = _factors(product, x, cotangent)
+    a, b, letters = factors_of(product, x, cotangent)
     total = _dot(product, dtype, f"bn{letters},bntp->ndp", a, b)
     return product.to_view(total if product.scale is None else total * product.scale.astype(dtype))
 
@@ -164,14 +166,34 @@ def along(product: Product, x: Any, cotangent: Any, direction: jax.Array) -> jax
     matrix = varying.transposed(product.to_view, (n, d, p), direction)
     if product.scale is not None:
         matrix = matrix * product.scale.astype(matrix.dtype)
-    a, b, letters = _factors(product, x, cotangent)
+    a, b, letters = factors_of(product, x, cotangent)
     a, b = (each.astype(direction.dtype) for each in (a, b))
     if n == 1:  # XLA computes one product faster than a batch of one
         return (_dot(product, direction.dtype, f"b{letters},dp->btp", a[:, 0], matrix[0]) * b[:, 0]).sum((1, 2))
     return (_dot(product, direction.dtype, f"bn{letters},ndp->bntp", a, matrix) * b).sum((1, 2, 3))
 
 
-def _factors(product: Product, x: Any, cotangent: Any) -> tuple[jax.Array, jax.Array, str]:
+def has_cheap_pairs(product: Product, size: int) -> bool:
+    """Whether the inner products of all pairs of `size` gradients cost less than one weighted sum and its alignments.
+
+    Pairs take B² (D + P) multiplications, the others 2 B D P. With several positions, rounding would be relative to
+    the positions and not to their sum.
+    """
+    n, t, d, p = product.dims
+    is_cheap = size * (d + p) <= 2 * d * p and n * size * size <= _PAIRS
+    return t == 1 and product.scale is None and is_cheap
+
+
+def pairs(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax.Array:
+    """gᵢ · gⱼ of all pairs, [B, B] = Σₙ (aᵢ · aⱼ)(bᵢ · bⱼ), with one position. Rows near the limits are scaled."""
+    sizes = _size(x), _size(cotangent)
+    a, b, _ = factors_of(product, _scaled(x, 1 / sizes[0]), _scaled(cotangent, 1 / sizes[1]))
+    inner = [_dot(product, dtype, "inc,jnc->nij", *[rows.reshape(*rows.shape[:2], -1)] * 2) for rows in (a, b)]
+    scale = sizes[0].astype(dtype) * sizes[1].astype(dtype)
+    return (inner[0] * inner[1]).sum(0) * scale[:, None] * scale[None]
+
+
+def factors_of(product: Product, x: Any, cotangent: Any) -> tuple[jax.Array, jax.Array, str]:
     """(A, B [B, N, T, P], the letters of the last two axes of A) of a batch."""
     if product.of_batch is None:
         return *jax.vmap(product.factors)(x, cotangent), "td"

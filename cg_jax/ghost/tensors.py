@@ -17,7 +17,7 @@ from cg_jax.ghost.norm import Norm
 from cg_jax.ghost.passes import ByParameter, Pass
 from cg_jax.ghost.plan import GroupPlan, RulePlan
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.products import along, instantiated, sum_of_products, without_gradients
+from cg_jax.ghost.products import along, has_cheap_pairs, instantiated, pairs, sum_of_products, without_gradients
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,31 +30,39 @@ class ByProduct:
         plan, dtype = self.plan, of.dtype(self.plan.parameter)
         if plan.form == "instantiate":
             return {plan.parameter: self._instantiated(of)[0].astype(dtype)}
-        norms = without_gradients(self._product(of), plan.form, *self._factors(of), dtype, plan.chunk)
+        norms = without_gradients(self.product(of), plan.form, *self.factors(of), dtype, plan.chunk)
         return {plan.parameter: norms.astype(dtype)}
 
     def sums(self, of: Pass) -> ByParameter:  # noqa: D102
         plan, dtype = self.plan, of.dtype(self.plan.parameter)
         if plan.form == "instantiate":
             return {plan.parameter: self._instantiated(of)[1].astype(dtype)}
-        return {plan.parameter: self._sum(of, *self._factors(of)).astype(dtype)}
+        return {plan.parameter: self._sum(of, *self.factors(of)).astype(dtype)}
 
     def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
-        parameter, (x, cotangent) = self.plan.parameter, self._factors(of)
+        parameter, (x, cotangent) = self.plan.parameter, self.factors(of)
         return {parameter: self._sum(of, x, weighted(cotangent, weights[parameter])).astype(of.dtype(parameter))}
 
     def along(self, of: Pass, direction: ByParameter) -> list[jax.Array]:  # noqa: D102
-        product, v = self._product(of), direction[self.plan.parameter]
+        product, v = self.product(of), direction[self.plan.parameter]
         if product.rearranges:
-            return [along(product, *self._factors(of), v)]
+            return [along(product, *self.factors(of), v)]
         if self.plan.places[0][0].nested is None:  # patches are much larger than the input
             return [along_by_primitive(of, self.plan, v)]
-        return [in_chunks(lambda rows: along(product, rows[0], rows[1], v), self._factors(of), self.plan.chunk)]
+        return [in_chunks(lambda rows: along(product, rows[0], rows[1], v), self.factors(of), self.plan.chunk)]
 
-    def _product(self, of: Pass) -> Product:
+    def pairs(self, of: Pass) -> jax.Array | None:
+        """gᵢ · gⱼ of all pairs, [B, B], or None if they cost more than a weighted sum and its alignments."""
+        product, size = self.product(of), of.losses.shape[0]
+        if not has_cheap_pairs(product, size):
+            return None
+        return of.once((self, "pairs"), lambda: pairs(product, *self.factors(of), of.dtype(self.plan.parameter)))
+
+    def product(self, of: Pass) -> Product:
+        """The product, given the static values."""
         return of.once((self, "product"), lambda: self.plan.bound(of.program, of.env))
 
-    def _factors(self, of: Pass) -> tuple[Any, Any]:
+    def factors(self, of: Pass) -> tuple[Any, Any]:
         """(inputs, cotangents). Lists if there are several uses."""
         pairs = [(of.traces[use.key][0][0], of.traces[use.key][1][0]) for use, _ in self.plan.places]
         return pairs[0] if len(pairs) == 1 else tuple(map(list, zip(*pairs, strict=True)))
@@ -64,12 +72,12 @@ class ByProduct:
         dtype = of.dtype(self.plan.parameter)
         return of.once(
             (self, "gradients"),
-            lambda: instantiated(self._product(of), *self._factors(of), dtype, self.plan.chunk),
+            lambda: instantiated(self.product(of), *self.factors(of), dtype, self.plan.chunk),
         )
 
     def _sum(self, of: Pass, x: Any, cotangent: Any) -> jax.Array:
         """Σ over the batch of products of these cotangents."""
-        product, dtype = self._product(of), of.dtype(self.plan.parameter)
+        product, dtype = self.product(of), of.dtype(self.plan.parameter)
         if product.rearranges:
             return sum_of_products(product, x, cotangent, dtype)
         if self.plan.places[0][0].nested is not None:  # the primitive's own vjp is in the body

@@ -1,7 +1,7 @@
 """Named axes that the examples of a batch are sharded over, inside a shard_map or pmap; or none."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -12,6 +12,8 @@ from cg_jax._types import PyTree
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """No axes: a device has all examples."""
+
+    is_one_device: ClassVar[bool] = True
 
     @property
     def tracked(self) -> frozenset[str]:
@@ -36,6 +38,7 @@ class NamedAxes(Axes):
     """Axes of the enclosing shard_map, pmap or vmap."""
 
     names: tuple[str, ...]
+    is_one_device: ClassVar[bool] = False
 
     @property
     def tracked(self) -> frozenset[str]:  # noqa: D102
@@ -58,14 +61,8 @@ class NamedAxes(Axes):
         return _compat.vary(value, self.tracked)
 
 
-def axes_of(axis_name: Any) -> Axes:
-    """The axes of a name or a tuple of names; None for no axes.
-
-    Raises:
-        ValueError: There is no shard_map, pmap or vmap over such an axis.
-    """
-    if axis_name is None:
-        return Axes()
+def require_bound(axis_name: Any, taker: str) -> tuple[Any, ...]:
+    """The names of an axis or a tuple of axes. ValueError unless there is a shard_map, pmap or vmap over each."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     try:
         for name in names:
@@ -74,6 +71,15 @@ def axes_of(axis_name: Any) -> Axes:
         around = _compat.bound_axes()
         present = f"axes {', '.join(map(repr, around))}" if around else "none"
         raise ValueError(
-            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around weighted_grads, got {present}."
+            f"Expected a shard_map, pmap or vmap over axis_name={axis_name!r} around {taker}, got {present}."
         ) from None
-    return NamedAxes(names)
+    return names
+
+
+def axes_of(axis_name: Any, taker: str) -> Axes:
+    """The axes of a name or a tuple of names; None for no axes.
+
+    Raises:
+        ValueError: There is no shard_map, pmap or vmap over such an axis.
+    """
+    return Axes() if axis_name is None else NamedAxes(require_bound(axis_name, taker))
