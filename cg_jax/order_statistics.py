@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cg_jax import trees
 from cg_jax._types import PyTree
 
 NETWORK_LIMIT = 16
-# Rows that are unrolled. A network of 256 values compiles in a few seconds.
-_UNROLL_LIMIT = 256
+# Rows that are unrolled. XLA:CPU does not vectorise the program of many more, which is then 20 times slower.
+_UNROLL_LIMIT = 160
 _GROUP = 32
 
 
@@ -63,7 +64,8 @@ def order_statistics(values: jax.Array, wanted: Sequence[int]) -> list[jax.Array
         return _by_network(list(values), tuple(wanted))
     if jax.default_backend() != "cpu":  # the other ways are not measured there
         return _by_sort(values, tuple(wanted))
-    return _selected(values, tuple(wanted))
+    spoilt = row_sum(jnp.isnan, values, operator.or_)
+    return [jnp.where(spoilt, jnp.nan, each) for each in _by_keys(values, tuple(wanted))]
 
 
 def _by_network(wires: list[jax.Array], wanted: tuple[int, ...]) -> list[jax.Array]:
@@ -80,20 +82,47 @@ def _by_sort(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _selected(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
+def _by_keys(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
+    """The wanted order statistics, where NaN is less or greater than any other value."""
     wide = values.astype(trees.accumulator_dtype(values.dtype))
     if values.shape[0] <= _UNROLL_LIMIT:  # row by row: keys of all rows at once would be an array in memory
         of_keys = _by_network([_keys(row) for row in wide], wanted)
     else:
         of_keys = _by_counting(_keys(wide), wanted)
-    spoilt = row_sum(jnp.isnan, wide, operator.or_)
-    return [jnp.where(spoilt, jnp.nan, _values(key, wide.dtype)).astype(values.dtype) for key in of_keys]
+    return [_values(key, wide.dtype).astype(values.dtype) for key in of_keys]
 
 
-@_selected.defjvp
+@_by_keys.defjvp
 def _(wanted: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
     # Integers have no derivative.
     return jax.jvp(lambda values: _by_sort(values, wanted), primals, tangents)
+
+
+def sum_between(
+    term: Callable[[jax.Array, jax.Array, jax.Array], PyTree], values: jax.Array, rank: int
+) -> tuple[PyTree, jax.Array, jax.Array]:
+    """(Σⱼ term(values[j], low, high), low, high), with low and high at `rank` from either end of the order.
+
+    If any of the k values is NaN, low and high may be any numbers.
+    """
+    k, wanted = values.shape[0], (rank, values.shape[0] - 1 - rank)
+    if jax.default_backend() != "cpu" or k <= 2 * _GROUP or values.size == 0:
+        low, high = order_statistics(values, wanted)
+        return row_sum(lambda row: term(row, low, high), values), low, high
+    # A loop over two halves of the coordinates parts the network from the sum. XLA:CPU would fuse both, and it does not
+    # vectorise such a large program. Both ends are one complex number, since a network is computed for each result.
+    flat = values.reshape(k, -1)
+    half = -(-flat.shape[1] // 2)
+    flat = jnp.pad(flat, [(0, 0), (0, flat.shape[1] % 2)])
+    dtype = trees.accumulator_dtype(values.dtype)
+
+    def of_half(start: jax.Array) -> jax.Array:
+        ends = _by_keys(jax.lax.dynamic_slice_in_dim(flat, start, half, 1), wanted)
+        return jax.lax.complex(*(end.astype(dtype) for end in ends))
+
+    pairs = jax.lax.map(of_half, np.array([0, half], np.int32)).ravel()[: values[0].size].reshape(values.shape[1:])
+    low, high = (end.astype(values.dtype) for end in (jnp.real(pairs), jnp.imag(pairs)))
+    return row_sum(lambda row: term(row, low, high), values), low, high
 
 
 def _keys(values: jax.Array) -> jax.Array:
@@ -136,23 +165,23 @@ def row_sum(
 
     Rows are unrolled, many of them in groups in a loop: a reduction over axis 0 of a large array is slow on a CPU.
     """
+    k = values.shape[0]
+    if k <= _UNROLL_LIMIT:
+        return _fold([term(row) for row in values], add)
+    steps = (k - 1) // _GROUP
 
-    def fold(rows: jax.Array) -> PyTree:
-        groups = [
-            functools.reduce(joined, [term(row) for row in rows[start : start + _GROUP]])
-            for start in range(0, rows.shape[0], _GROUP)
-        ]
-        return functools.reduce(joined, groups)
+    def step(i: jax.Array, total: PyTree) -> PyTree:
+        rows = jax.lax.dynamic_slice_in_dim(values, i * _GROUP, _GROUP)
+        return jax.tree.map(add, total, _fold([term(row) for row in rows], add))
+
+    return jax.lax.fori_loop(0, steps, step, _fold([term(row) for row in values[steps * _GROUP :]], add))
+
+
+def _fold(terms: Sequence[PyTree], add: Callable[[Any, Any], Any]) -> PyTree:
+    """The fold of the folds of groups: a sum of many terms one after the other would round more."""
 
     def joined(a: PyTree, b: PyTree) -> PyTree:
         return jax.tree.map(add, a, b)
 
-    k = values.shape[0]
-    if k <= _UNROLL_LIMIT:
-        return fold(values)
-    steps = (k - 1) // _GROUP
-
-    def step(i: jax.Array, total: PyTree) -> PyTree:
-        return joined(total, fold(jax.lax.dynamic_slice_in_dim(values, i * _GROUP, _GROUP)))
-
-    return jax.lax.fori_loop(0, steps, step, fold(values[steps * _GROUP :]))
+    groups = [functools.reduce(joined, terms[start : start + _GROUP]) for start in range(0, len(terms), _GROUP)]
+    return functools.reduce(joined, groups)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _validate, trees
-from cg_jax.order_statistics import NETWORK_LIMIT, order_statistics, row_sum
+from cg_jax.order_statistics import NETWORK_LIMIT, order_statistics, row_sum, sum_between
 
 Rule = Callable[[jax.Array], jax.Array]
 
@@ -81,15 +81,31 @@ def _in_range(mean: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], pea
     `fit` widens a value. If a sum of k values could leave the range of the accumulator, it also scales by a power of
     two, which is undone here. The mean is then clipped to ±peak, since rounding could carry it past the largest number.
     """
-    dtype, wide = peak.dtype, trees.accumulator_dtype(peak.dtype)
-    if float(jnp.finfo(dtype).max) * k < float(jnp.finfo(wide).max):
-        return mean(lambda value: value.astype(wide)).astype(dtype)
-    peak, scale = peak.astype(wide), 0.5 ** (k - 1).bit_length()
-    large = peak > jnp.finfo(wide).max * scale
-    factor = jnp.where(large, scale, 1).astype(wide)
-    plain = mean(lambda value: value.astype(wide) * factor)
-    restored = jnp.clip(plain, -peak * scale, peak * scale) / scale
-    return jnp.where(large, restored, plain).astype(dtype)
+    return _restored(mean(_fit(peak, k)), peak, k)
+
+
+def _fit(peak: jax.Array, k: int) -> Callable[[jax.Array], jax.Array]:
+    """The function `fit` of `_in_range`."""
+    wide, factor = trees.accumulator_dtype(peak.dtype), _factor(peak, k)
+    return lambda value: value.astype(wide) if factor is None else value.astype(wide) * factor
+
+
+def _factor(peak: jax.Array, k: int) -> jax.Array | None:
+    """A power of two by which k values up to `peak` are scaled, or 1. None if no sum can leave the range."""
+    wide = trees.accumulator_dtype(peak.dtype)
+    if float(jnp.finfo(peak.dtype).max) * k < float(jnp.finfo(wide).max):
+        return None
+    scale = 0.5 ** (k - 1).bit_length()
+    return jnp.where(peak.astype(wide) > jnp.finfo(wide).max * scale, scale, 1).astype(wide)
+
+
+def _restored(mean: jax.Array, peak: jax.Array, k: int) -> jax.Array:
+    """A mean of fitted values as peak's dtype."""
+    factor = _factor(peak, k)
+    if factor is None:
+        return mean.astype(peak.dtype)
+    bound = peak.astype(mean.dtype) * factor
+    return jnp.where(factor < 1, jnp.clip(mean, -bound, bound) / factor, mean).astype(peak.dtype)
 
 
 def _sum(values: Sequence[jax.Array]) -> jax.Array:
@@ -126,32 +142,31 @@ _median_of_many = jax.jit(_median)
 def _trimmed_mean(values: jax.Array, trim: int) -> jax.Array:
     """The mean of the values between two order statistics, and of as many of their ties as remain."""
     k = values.shape[0]
-    low, high = order_statistics(values, [trim, k - trim - 1])
 
-    def mean(fit: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        def term(row: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            below = row <= low
-            above = (row >= high) & ~below
-            kept = fit(jnp.where(below | above, 0, row))
-            return kept, below.astype(kept.dtype), above.astype(kept.dtype)
+    def term(row: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        below = row <= low
+        above = (row >= high) & ~below
+        kept = _fit(_largest(low, high), k)(jnp.where(below | above, 0, row))
+        return kept, below.astype(kept.dtype), above.astype(kept.dtype)
 
-        inner, below, above = row_sum(term, values)
-        total = inner + (below - trim) * fit(low) + (above - trim) * fit(high)
-        return total / (k - 2 * trim)
-
-    return jnp.where(low == high, low, _in_range(mean, _largest(low, high), k))
+    (inner, below, above), low, high = sum_between(term, values, trim)
+    peak = _largest(low, high)
+    fit = _fit(peak, k)
+    total = inner + (below - trim) * fit(low) + (above - trim) * fit(high)
+    equal = jnp.where(jnp.isnan(inner), jnp.nan, low)
+    return jnp.where(low == high, equal, _restored(total / (k - 2 * trim), peak, k))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _winsorized_mean(values: jax.Array, clip: int) -> jax.Array:
     """The mean of the values, clipped to two order statistics."""
     k = values.shape[0]
-    low, high = order_statistics(values, [clip, k - clip - 1])
 
-    def mean(fit: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return row_sum(lambda row: fit(jnp.where(row < low, low, jnp.where(row > high, high, row))), values) / k
+    def term(row: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        return _fit(_largest(low, high), k)(jnp.where(row < low, low, jnp.where(row > high, high, row)))
 
-    return _in_range(mean, _largest(low, high), k)
+    total, low, high = sum_between(term, values, clip)
+    return _restored(total / k, _largest(low, high), k)
 
 
 def _checked(values: jax.Array, name: str = "", number: int = 0) -> jax.Array:

@@ -18,7 +18,8 @@ FLOORS = {
     "cg_jax": [
         ["_types"],
         ["_jaxprs", "_leaves", "trees"],
-        ["_compat", "_validate", "incoming", "order_statistics"],
+        ["_compat", "_validate", "incoming"],
+        ["order_statistics"],
         ["_compiled", "_data", "_loss", "bound", "moments", "rules", "sharding", "weighting"],
         ["_per_batch", "batches", "collective", "ghost", "metrics", "slots"],
         ["aggregate", "gradients", "micro_batch"],
