@@ -76,7 +76,7 @@ class RobustConfig(ComparisonConfig):
     """clean: labels as they are. uniform20, uniform40, uniform50: so many per cent redrawn uniformly. class40: 40%,
     each class to one other. rare, rare40: the training examples of class 0 cut to the share `rare`, and labels as they
     are, or 40% redrawn."""
-    dear_cells: CellNames = ("uniform40",)
+    dear_cells: CellNames = ("uniform40", "class40", "rare")
     """Cells that the winsorised mean is measured on too, after all others; its steps are the dearest by far."""
     rare: float = 0.05
     """Share of the training examples of class 0 that rare and rare40 keep."""
