@@ -15,6 +15,9 @@ from .devices import devices
 from .examples import Guesses, coherence_of
 from .train import Keys, predict, rows_from
 
+# What keys are folded with, so that these draws are none of those that every run makes.
+_RARE, _VALIDATION = 1, 2
+
 
 class InMemory:
     """A data set in the memory of the host."""
@@ -26,15 +29,23 @@ class InMemory:
         self.image_shape = loaded.train_images.shape[1:]
         self.measured = {"train": self.num_train, "test": len(loaded.test_labels)}
 
-    def noisy(self, keys: Keys, train: float, test: float) -> "OnDevices":
+    def noisy(self, keys: Keys, noise: data.Noise) -> "OnDevices":
         """Copies on all devices."""
         loaded = self._data
-        labels = data.corrupt(keys.noise, loaded.train_labels, train, self.num_classes)
-        test_labels = data.corrupt(keys.test_noise, loaded.test_labels, test, self.num_classes)
+        images, true = loaded.train_images, loaded.train_labels
+        if noise.rare < 1:
+            rows = data.without_most_of(jax.random.fold_in(keys.noise, _RARE), true, noise.rare)
+            images, true = images[rows], true[rows]
+        labels = data.corrupt(keys.noise, true, noise.train, self.num_classes, noise.kind)
+        test_labels = data.corrupt(keys.test_noise, loaded.test_labels, noise.test, self.num_classes, noise.kind)
         samples = {
-            "train": (loaded.train_images, labels, loaded.train_labels),
+            "train": (images, labels, true),
             "test": (loaded.test_images, test_labels, loaded.test_labels),
         }
+        if noise.validation:
+            parts = data.held_out(jax.random.fold_in(keys.noise, _VALIDATION), true.size, noise.validation)
+            for sample, rows in zip(("train", "valid"), parts, strict=True):
+                samples[sample] = images[rows], labels[rows], true[rows]
         return OnDevices(self._config, keys, samples)
 
 
@@ -47,7 +58,7 @@ class OnDevices:
         self._config, self._keys = config, keys
         self._labels = {name: (labels, true) for name, (_, labels, true) in samples.items()}
         self._there = {name: devices().replicate((images, labels)) for name, (images, labels, _) in samples.items()}
-        self.first = samples["train"][0][:1]
+        self.first, self.num_train = samples["train"][0][:1], len(samples["train"][1])
 
     def _batch_size(self, sample: str) -> int:
         return min(self._config.measure_batch_size, len(self._labels[sample][0]))

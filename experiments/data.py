@@ -5,7 +5,7 @@ import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -51,14 +51,55 @@ def load(
     )
 
 
-def corrupt(key: jax.Array, labels: np.ndarray, share: float, num_classes: int) -> np.ndarray:
-    """Labels of which `share`, chosen at random, are replaced by a class drawn uniformly from all of them.
+class Noise(NamedTuple):
+    """What is done to a data set before it is trained on, in the way of one seed.
 
-    A draw may hit the true class: an example is corrupt where the label really changed, (1 − 1/num_classes) · share of
-    them on average. With share = 1 the labels are random.
+    First examples of a class go (rare), then labels change, then examples are held out.
     """
-    drawn = redrawn(key, labels.size, share, num_classes)
-    return np.where(drawn < 0, labels, drawn)
+
+    train: float = 0.0  # share of the training labels that are changed
+    test: float = 0.0  # share of the test labels that are
+    kind: Literal["uniform", "class"] = "uniform"  # to a class drawn uniformly; or, of each class, to one other
+    rare: float = 1.0  # share of the training examples of RARE_CLASS that are kept
+    validation: float = 0.0  # share of the training examples that are held out, labels and all
+
+
+# The class that `rare` cuts.
+RARE_CLASS = 0
+
+
+def corrupt(key: jax.Array, labels: np.ndarray, share: float, num_classes: int, kind: str = "uniform") -> np.ndarray:
+    """Labels of which `share`, chosen at random, are replaced.
+
+    Kind "uniform": by a class drawn uniformly from all of them. A draw may hit the true class: an example is corrupt
+    where the label really changed, (1 − 1/num_classes) · share of them on average. With share = 1 the labels are
+    random. Kind "class": by the class that follows on a cycle through all classes, whose order is drawn from the key;
+    all of them change.
+    """
+    if kind == "uniform":
+        drawn = redrawn(key, labels.size, share, num_classes)
+        return np.where(drawn < 0, labels, drawn)
+    which, draw = jax.random.split(key)
+    rows = np.asarray(jax.random.permutation(which, labels.size))[: round(share * labels.size)]
+    cycle = np.asarray(jax.random.permutation(draw, num_classes))
+    following = np.empty(num_classes, labels.dtype)
+    following[cycle] = np.roll(cycle, -1)
+    out = labels.copy()
+    out[rows] = following[labels[rows]]
+    return out
+
+
+def without_most_of(key: jax.Array, labels: np.ndarray, rare: float) -> np.ndarray:
+    """The rows of a training set of which only the share `rare` of RARE_CLASS, at least one example, is kept."""
+    members = np.flatnonzero(labels == RARE_CLASS)
+    kept = np.asarray(jax.random.permutation(key, members.size))[: max(1, round(rare * members.size))]
+    return np.sort(np.concatenate([np.flatnonzero(labels != RARE_CLASS), members[kept]]))
+
+
+def held_out(key: jax.Array, size: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(the rows that are trained on, the `share` of rows that are held out), chosen at random, each in order."""
+    order, number = np.asarray(jax.random.permutation(key, size)), round(share * size)
+    return np.sort(order[number:]), np.sort(order[:number])
 
 
 def redrawn(key: jax.Array, size: int, share: float, num_classes: int) -> np.ndarray:

@@ -139,6 +139,13 @@ def together(first: Callable[[], Result], others: Callable[[], Result]) -> Resul
     return result  # type: ignore[possibly-unbound]
 
 
+def of_first(values: np.ndarray) -> np.ndarray:
+    """Whole numbers of the first process, in all of them."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values.astype(np.int32)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Devices:
     """Where a run computes. Without a mesh, on one device."""

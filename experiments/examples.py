@@ -12,6 +12,7 @@ import cg_jax as cg
 
 from . import models
 from .configs import Config
+from .data import Noise
 from .devices import devices
 from .train import Keys
 
@@ -32,6 +33,11 @@ class Examples(Protocol):
         """One image [1, height, width, channels], for its shape."""
         ...
 
+    @property
+    def num_train(self) -> int:
+        """How many examples are trained on."""
+        ...
+
     def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[Any, Any, Any]]:
         """(images, labels, rows) of each step from `step` on, rows [mini-batches, B], each divided over the devices.
 
@@ -40,7 +46,7 @@ class Examples(Protocol):
         ...
 
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
-        """Predictions on the sample, "train" or "test"."""
+        """Predictions on the sample, "train" or "test", or "valid" where one is held out."""
         ...
 
     def measure(self, sample: str, model: nn.Module, params: Any) -> tuple[cg.Coherence, Guesses]:
@@ -60,8 +66,8 @@ class Data(Protocol):
         """Height, width and channels."""
         ...
 
-    def noisy(self, keys: Keys, train: float, test: float) -> Examples:
-        """It with shares `train` and `test` of the labels redrawn."""
+    def noisy(self, keys: Keys, noise: Noise) -> Examples:
+        """It with labels changed, and examples left out, as `noise` says."""
         ...
 
 

@@ -19,9 +19,9 @@ _MOST_LINES = 20
 _SIZE = (12, 6.8)  # inches
 
 
-def grid(rows: int, columns: int) -> tuple[Any, Any]:
+def grid(rows: int, columns: int, size: tuple[float, float] = _SIZE, *, share_y: bool = False) -> tuple[Any, Any]:
     """A figure and its axes [rows, columns], each with a light grid."""
-    figure, axes = plt.subplots(rows, columns, figsize=_SIZE, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=share_y)
     for ax in axes.flat:
         ax.grid(alpha=0.25)
     return figure, axes
@@ -35,9 +35,9 @@ def save(figure: Any, path: Path) -> None:
 
 
 def legend(figure: Any, ax: Any) -> None:
-    """One legend above all panels, of the lines of one of them."""
+    """One legend above all panels, of the lines of one of them; six in a row."""
     lines, labels = ax.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
+    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=9)
 
 
 def _style(line: Line) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def coherence_axis(ax: Any, sample: str, means: Iterable[float]) -> None:
     _orthogonal(ax)
 
 
-def percent_axis(ax: Any) -> None:
-    """An axis of shares, in per cent."""
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+def percent_axis(ax: Any, *, x: bool = False) -> None:
+    """An axis of shares, the one of y or that of x, in per cent."""
+    (ax.xaxis if x else ax.yaxis).set_major_formatter(PercentFormatter(1))
 
 
 def chance(ax: Any, level: float) -> None:

@@ -168,13 +168,19 @@ class Images:
         for split in self._splits.values():
             split[0]  # what cannot be decoded is known before anything is trained
 
-    def noisy(self, keys: Keys, train: float, test: float) -> "Streamed":
-        """The same with labels redrawn by the number of the example: the same in every epoch and process."""
-        noise = {
-            "train": data.redrawn(keys.noise, self._splits["train"].size, train, self.num_classes),
-            "test": data.redrawn(keys.test_noise, self._splits["test"].size, test, self.num_classes),
+    def noisy(self, keys: Keys, noise: data.Noise) -> "Streamed":
+        """The same with labels redrawn by the number of the example: the same in every epoch and process.
+
+        Raises:
+            ValueError: The noise is more than redrawn labels.
+        """
+        if noise != data.Noise(noise.train, noise.test):
+            raise ValueError(f"Expected uniform noise and nothing else for a set of {TFDS}, got {noise}.")
+        redrawn = {
+            "train": data.redrawn(keys.noise, self._splits["train"].size, noise.train, self.num_classes),
+            "test": data.redrawn(keys.test_noise, self._splits["test"].size, noise.test, self.num_classes),
         }
-        return Streamed(self._config, keys, self._splits, noise)
+        return Streamed(self._config, keys, self._splits, redrawn)
 
 
 class Streamed:
@@ -183,6 +189,7 @@ class Streamed:
     def __init__(self, config: Config, keys: Keys, splits: dict[str, Split], noise: dict[str, np.ndarray]) -> None:
         self._config, self._keys, self._splits, self._noise = config, keys, splits, noise
         self.first = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
+        self.num_train = splits["train"].size
 
     def _rows(self, sample: str, numbers: Any, start: int, batch_size: int) -> Iterator[tuple[Any, ...]]:
         """(images, labels, true labels) of the examples of these numbers from `start` on, in batches."""

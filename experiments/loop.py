@@ -17,6 +17,7 @@ from . import arrays, models
 from .checkpoint import Position
 from .checks import check
 from .configs import TFDS, Config, described
+from .data import Noise
 from .devices import devices, together, writes
 from .errors import first_line
 from .examples import Data, Examples
@@ -32,7 +33,7 @@ class Training(NamedTuple):
     title: str
     marks: dict[str, Any]  # what its rows are told apart by; the seed is one of them
     method: str
-    noise: tuple[float, float]  # shares of the labels of the training and the test sample that are redrawn
+    noise: tuple[float, float] | Noise  # what is done to the labels; of two numbers, the shares that are redrawn
     measure: Callable[[Examples, nn.Module, Any], Row]  # of parameters
     shown: Callable[[Row], dict[str, str]]  # beside the bar
     changes: Mapping[str, Any] = MappingProxyType({})  # options of the config that this training has otherwise
@@ -85,7 +86,7 @@ def opened(config: Config) -> Problem:
     if data.num_train < least:
         what = f"{EPOCH_UNIT} mini-batches of batch_size={config.batch_size}"
         raise ValueError(f"Expected at least {least} training examples, {what}, got {data.num_train}.")
-    smallest = min(data.measured[sample] for sample in config.samples)
+    smallest = min((data.measured[sample] for sample in config.samples), default=data.num_train)
     if not config.by_example and smallest < 2 * config.measure_batch_size:
         what = f"2 batches of measure_batch_size={config.measure_batch_size} to measure on with estimator batch"
         raise ValueError(f"Expected at least {what}, got {smallest} examples in a sample.")
@@ -99,16 +100,30 @@ def opened(config: Config) -> Problem:
     return Problem(data, model)
 
 
-def train_all(config: Config, problem: Problem, folder: RunFolder, trainings: Sequence[Training]) -> None:
-    """All trainings, one after another, from where the folder's last checkpoint stands."""
-    differing = _differing(config, problem, trainings)
+Stage = Callable[[Sequence[Row]], Sequence[Training]]
+
+
+def train_all(
+    config: Config, problem: Problem, folder: RunFolder, trainings: Sequence[Training], *later: Stage
+) -> None:
+    """All trainings, one after another, from where the folder's last checkpoint stands.
+
+    What comes later may depend on what was measured before: each stage says its trainings from the rows until then.
+    """
+    differing: _Differing = {}
     position, leaves = _position(folder)
-    clock = Clock(position.seconds)
-    for part, training in enumerate(trainings[position.part :], position.part):
-        step = position.step if part == position.part else -1
-        own, its_problem = differing[_key(training)]
-        _train(own, folder, its_problem, training, Position(part, step, 0, clock.seconds), leaves)
-        leaves = None
+    clock, first = Clock(position.seconds), 0
+    for stage in (lambda _: trainings, *later):
+        stages_own = stage(folder.rows)
+        _add_differing(differing, config, problem, stages_own)
+        for part, training in enumerate(stages_own, first):
+            if part < position.part:
+                continue
+            step = position.step if part == position.part else -1
+            own, its_problem = differing[_key(training)]
+            _train(own, folder, its_problem, training, Position(part, step, 0, clock.seconds), leaves)
+            leaves = None
+        first += len(stages_own)
     if writes():
         print(f"\n{described(config)}")
         print(f"Time of {folder.path.name}: {clock}.")
@@ -118,17 +133,20 @@ def _key(training: Training) -> frozenset[tuple[str, Any]]:
     return frozenset(training.changes.items())
 
 
-def _differing(
-    config: Config, problem: Problem, trainings: Sequence[Training]
-) -> dict[frozenset[tuple[str, Any]], tuple[Config, Problem]]:
-    """The config and the problem of every training, by its changes; checked before any is begun."""
-    out = {frozenset[tuple[str, Any]](): (config, problem)}
+# The config and the problem of trainings, by their changes.
+_Differing = dict[frozenset[tuple[str, Any]], tuple[Config, Problem]]
+# Options that change steps alone: the same data and model serve.
+_OF_STEPS = frozenset(("learning_rate", "weight_decay", "decay_at"))
+
+
+def _add_differing(differing: _Differing, config: Config, problem: Problem, trainings: Sequence[Training]) -> None:
+    """Add the config and the problem of every training; checked before any of them is begun."""
     for training in trainings:
-        if _key(training) not in out:
+        if _key(training) not in differing:
             own = dataclasses.replace(config, **training.changes)
-            check(own)
-            out[_key(training)] = own, opened(own)
-    return out
+            if training.changes:
+                check(own)
+            differing[_key(training)] = own, problem if set(training.changes) <= _OF_STEPS else opened(own)
 
 
 def _open(config: Config) -> Data:
@@ -176,9 +194,9 @@ def _train(
     """One training, of which `start.step` steps are done."""
     keys, (data, model) = Keys.of(training.marks["seed"]), problem
     recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at)
-    method = trainer(model, training.method, recipe, data.num_train)
+    examples = data.noisy(keys, Noise(*training.noise[:2]) if len(training.noise) == 2 else training.noise)
+    method = trainer(model, training.method, recipe, examples.num_train)
     wanted, clock, done = measured_at(method.per_epoch, config), Clock(start.seconds), max(start.step, 0)
-    examples = data.noisy(keys, *training.noise)
     state = jax.device_get(method.init(keys.init, examples.first))
     state: State = devices().replicate(state if start.step < 0 else _filled(state, leaves))
 

@@ -1,16 +1,21 @@
-"""METHODS: how the gradients of mini-batches become a step. A new method is one entry."""
+"""METHODS: how the gradients of mini-batches, or of single examples, become a step. A new method is one entry."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import cg_jax as cg
 
+from .filtering import gradient_agreement
 from .line import Line
 
 # Mini-batches; an epoch is a whole number of these, so that all methods see the same examples in it.
 EPOCH_UNIT = 3
+
+LossFn = Callable[..., jax.Array]  # (params, example) → loss
+Average = Callable[[Any, Any], Any]  # (params, batch) → one gradient
 
 
 class Method(NamedTuple):
@@ -20,6 +25,11 @@ class Method(NamedTuple):
     groups: int  # mini-batches in one step, each with its own gradient; divides EPOCH_UNIT
     transform: Callable[[], optax.GradientTransformation]  # of one gradient, or of `groups` stacked ones
     rivals: tuple[str, ...] = ()  # the methods that it is claimed to be better than, its control among them
+    # Of a loss and the number of examples of a step: a robust average over the gradients of those examples, all
+    # mini-batches of the step together, which is then the one gradient that is transformed. Needs no BatchNorm.
+    average: Callable[[LossFn, int], Average] | None = None
+    models: tuple[str, ...] | None = None  # the networks that it can train; None: all
+    dear: bool = False  # whether a step costs so much more than others that it is measured in fewer places
 
     @property
     def label(self) -> str:
@@ -31,6 +41,39 @@ class Method(NamedTuple):
         """The label up to its comma, which claims begin with."""
         return self.label.split(",")[0]
 
+    @property
+    def gradients(self) -> int:
+        """How many gradients of mini-batches a step begins with; 1 where it is an average over examples."""
+        return self.groups if self.average is None else 1
+
+
+# One number each, whatever share of the labels is wrong.
+_HALF, _MOST = 0.5, 0.7
+# The cosine distance that the authors' implementation begins with.
+_DISTANCE = 0.97
+_CONTROLS = ("mean3", "m3", "gaf")
+
+
+def _weighted(weighting: Callable[[], Any]) -> Callable[[LossFn, int], Average]:
+    """The average whose weights a weighting of the library gives."""
+
+    def average(loss_fn: LossFn, size: int) -> Average:
+        del size
+        grads = cg.weighted_grads(loss_fn, weighting())
+        return lambda params, batch: grads(params, batch)[0]
+
+    return average
+
+
+def _winsorized(loss_fn: LossFn, size: int) -> Average:
+    """A quarter of the values of every coordinate is moved inwards from each side."""
+    return cg.coordinatewise_grads(loss_fn, cg.winsorized_mean(size // 4))
+
+
+def _by_example(line: Line, average: Callable[[LossFn, int], Average], *rivals: str) -> Method:
+    """An average over the examples of the batch that mean3 takes."""
+    return Method(line, 3, optax.identity, (*_CONTROLS, *rivals), average)
+
 
 METHODS: dict[str, Method] = {
     "sgd": Method(Line("SGD", "black"), 1, optax.identity),
@@ -38,14 +81,40 @@ METHODS: dict[str, Method] = {
     "m3": Method(Line("M3, median of 3", "tab:blue"), 3, lambda: cg.stacked(cg.median()), ("sgd", "mean3")),
     "rm3": Method(Line("RM3, rolling median", "tab:cyan", "-."), 1, cg.rm3, ("sgd", "ra3")),
     "ra3": Method(Line("RA3, rolling mean", "tab:orange", "--"), 1, cg.ra3),
+    "gaf": Method(
+        Line("GAF, agreeing mini-batches", "tab:brown", ":"), 3, lambda: gradient_agreement(_DISTANCE), ("mean3",)
+    ),
+    "clip": _by_example(Line("clip, at the median norm", "tab:green"), _weighted(lambda: cg.clip_quantile(_HALF))),
+    "agreement": _by_example(
+        Line("agreement, half of the batch", "tab:olive", "-."), _weighted(lambda: cg.agreement(_HALF))
+    ),
+    "clip_agreement": _by_example(
+        Line("clip + agreement, composed", "tab:red"),
+        _weighted(lambda: cg.compose(cg.clip_quantile(0.25), cg.agreement(_MOST))),
+        *("clip", "agreement"),
+    ),
+    "geomed": _by_example(
+        Line("geometric median, 4 iterations", "tab:purple"), _weighted(lambda: cg.geometric_median(4))
+    ),
+    "trim_loss": _by_example(
+        Line("smallest losses, 70% of the batch", "tab:pink", "--"), _weighted(lambda: cg.trim_loss(_MOST))
+    ),
+    "winsorized": _by_example(Line("winsorised mean, a quarter per side", "goldenrod", ":"), _winsorized)._replace(
+        models=("mlp",), dear=True
+    ),
 }
 
 
-def check_method(name: str) -> None:
-    """ValueError where the entry of a method does not fit the others."""
+def check_method(name: str, model: str | None = None, *, batch_norm: bool = False) -> None:
+    """ValueError where the entry of a method does not fit the others, or a model."""
     method = METHODS[name]
     if method.groups < 1 or EPOCH_UNIT % method.groups:
         raise ValueError(f"Expected groups of {name} to divide {EPOCH_UNIT}, got groups={method.groups}.")
     unknown = [rival for rival in method.rivals if rival not in METHODS]
     if unknown:
         raise ValueError(f"Expected rivals of {name} in {(*METHODS,)}, got {unknown}.")
+    if batch_norm and method.average is not None:
+        what = f"a model without BatchNorm for {name}, which takes the gradient of every example"
+        raise ValueError(f"Expected {what}, got model={model}.")
+    if model is not None and method.models is not None and model not in method.models:
+        raise ValueError(f"Expected model in {method.models} for {name}, got model={model}.")

@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, noise
+from . import coherence, demo, imagenet, noise, robust
 from .experiment import AnyExperiment
 
 
@@ -18,4 +18,5 @@ EXPERIMENTS = by_name(
     demo.EXPERIMENT,
     imagenet.COHERENCE,
     imagenet.NOISE,
+    robust.EXPERIMENT,
 )

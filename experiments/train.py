@@ -13,7 +13,7 @@ import optax
 
 from . import models
 from .devices import devices
-from .methods import EPOCH_UNIT, METHODS, check_method
+from .methods import EPOCH_UNIT, METHODS, Method, check_method
 
 
 class Keys(NamedTuple):
@@ -60,14 +60,16 @@ class Trainer(NamedTuple):
 @functools.cache
 def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) -> Trainer:
     """The trainer of a method, compiled once for all seeds."""
-    check_method(method)
-    groups = METHODS[method].groups
-    rows_per_step = groups * recipe.batch_size
+    check_method(method, batch_norm=models.has_batch_norm(model))
+    rows_per_step = METHODS[method].groups * recipe.batch_size
     per_epoch = steps_per_epoch(num_examples, rows_per_step, recipe.batch_size)
+    if not per_epoch:
+        what = f"{EPOCH_UNIT} mini-batches of batch_size={recipe.batch_size}"
+        raise ValueError(f"Expected {what} or more to train on, got {num_examples} examples.")
     drops = {per_epoch * epoch: 0.1 for epoch in recipe.decay_at}
     rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops) if drops else recipe.learning_rate
     optimizer = optax.chain(METHODS[method].transform(), optax.sgd(rate))
-    gradient = _gradient(model, groups)
+    gradient = _gradient(model, METHODS[method], rows_per_step)
 
     def init(key: jax.Array, images: jax.Array) -> State:
         params = model.init(key, models.as_input(images[:1]))
@@ -90,11 +92,26 @@ def _decayed(grads: Any, weights: Any, decay: float) -> Any:
     return jax.tree.map(lambda g, w: g + decay * jnp.broadcast_to(w, g.shape), grads, weights)
 
 
-def _gradient(model: nn.Module, groups: int) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
-    """(params, mini-batches [groups, B, …]) → (their mean gradients [groups, …], or that of the one, what changed).
+# (params, mini-batches [groups, B, …]) → (their mean gradients [groups, …], or one gradient [*param]; what changed).
+Gradient = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
 
-    One mini-batch after another, each divided over the devices: side by side, the compiler would make every device
-    compute all of them.
+
+def _gradient(model: nn.Module, method: Method, rows_per_step: int) -> Gradient:
+    """What a step of a method begins with."""
+    if method.average is None:
+        return _of_mini_batches(model, method.groups)
+    average = method.average(models.loss_of(model), rows_per_step)
+
+    def gradient(params: Any, batches: Any) -> tuple[Any, dict[str, Any]]:
+        return average(params, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batches)), {}
+
+    return gradient
+
+
+def _of_mini_batches(model: nn.Module, groups: int) -> Gradient:
+    """The gradients of one mini-batch after another, each divided over the devices.
+
+    Side by side, the compiler would make every device compute all of them.
     """
     batch_norm = models.has_batch_norm(model)
     loss = (

@@ -136,9 +136,17 @@ def test_the_citation_is_of_this_version():
     assert re.findall(r"^version: (.*)$", text, re.MULTILINE) == [cg.__version__]
 
 
-def _entry(title, names):
-    (block,) = BLOCKS[title]
-    return eval("{" + block + "}", names)
+def _entry(title, names, number=0):
+    return eval("{" + BLOCKS[title][number] + "}", names)
+
+
+def test_a_method_may_average_over_examples():
+    (method,) = _entry("Add a method", vars(methods), 1).values()
+    got = method.average(_loss, len(X))(jnp.asarray(W), jnp.asarray(X))
+    grads = _grads(_loss, W, X)
+    norms = np.linalg.norm(grads, axis=1)
+    np.testing.assert_allclose(got, (np.median(norms) / norms) @ grads / len(X), rtol=1e-4)
+    assert set(method.rivals) <= set(methods.METHODS)
 
 
 def test_entries_of_the_experiments():

@@ -100,7 +100,7 @@ def test_the_tiny_images_are_crops_of_the_photographs(folder):
 
 def test_a_training_reads_every_example_once_an_epoch_in_the_order_of_arrays(folder, config):
     keys, raw = Keys.of(3), _raw(folder, "train")
-    batches = Images(config).noisy(keys, 0.0, 0.0).batches(0, 24)
+    batches = Images(config).noisy(keys, data.Noise(0.0, 0.0)).batches(0, 24)
     for epoch in range(2):
         for rows in epoch_rows(keys.order, epoch, 96, 24, 8):
             images, labels, none = next(batches)
@@ -111,13 +111,19 @@ def test_a_training_reads_every_example_once_an_epoch_in_the_order_of_arrays(fol
 
 
 def test_a_training_goes_on_from_any_step(config):
-    examples = Images(config).noisy(Keys.of(0), 0.5, 0.0)
+    examples = Images(config).noisy(Keys.of(0), data.Noise(0.5, 0.0))
     whole = examples.batches(0, 8)
     steps = [next(whole) for _ in range(20)]
     for start in (1, 11, 12, 19):
         images, labels, _ = next(examples.batches(start, 8))
         np.testing.assert_array_equal(images, steps[start][0])
         np.testing.assert_array_equal(labels, steps[start][1])
+
+
+@pytest.mark.parametrize("noise", [{"validation": 0.5}, {"rare": 0.5}, {"train": 0.5, "kind": "class"}])
+def test_of_images_in_files_labels_are_redrawn_and_nothing_else(config, noise):
+    with pytest.raises(ValueError, match="Expected uniform noise and nothing else for a set of tfds:, got Noise"):
+        Images(config).noisy(Keys.of(0), data.Noise(**noise))
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -135,7 +141,7 @@ def test_labels_are_redrawn_by_the_number_of_the_example(folder, config):
     keys, true = Keys.of(1), np.array([label for _, label in _raw(folder, "train")])
     want = data.corrupt(keys.noise, true, 0.5, 2)
     assert 0 < (want != true).sum() < 48
-    batches = Images(config).noisy(keys, 0.5, 0.0).batches(0, 8)
+    batches = Images(config).noisy(keys, data.Noise(0.5, 0.0)).batches(0, 8)
     for epoch in range(3):
         for rows in epoch_rows(keys.order, epoch, 96, 8, 8):
             np.testing.assert_array_equal(_flat(next(batches)[1]), want[rows])
@@ -146,7 +152,7 @@ def test_a_sample_is_measured_as_if_it_lay_in_memory(folder, config):
     assert (source.num_train, source.num_classes) == (96, 2)
     model = models.build("mlp", 8, 1, 2)
     params = model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
-    coherence, seen = source.noisy(keys, 0.5, 1.0).measure("test", model, params)
+    coherence, seen = source.noisy(keys, data.Noise(0.5, 1.0)).measure("test", model, params)
     assert coherence.count == len(seen.guess) == 37
     raw = _raw(folder, "validation")
     numbers = np.random.default_rng(0).permutation(48)[:37]
@@ -160,7 +166,7 @@ def test_a_sample_is_measured_as_if_it_lay_in_memory(folder, config):
     np.testing.assert_allclose(coherence.alpha, want.alpha, rtol=1e-5)
     np.testing.assert_allclose(coherence.loss, want.loss, rtol=1e-5)
     # The sample is the same whatever the seed of a run.
-    again = Images(config).noisy(Keys.of(5), 0.5, 1.0).guess("test", model, params)
+    again = Images(config).noisy(Keys.of(5), data.Noise(0.5, 1.0)).guess("test", model, params)
     np.testing.assert_array_equal(again.guess, seen.guess)
 
 
