@@ -245,11 +245,7 @@ def _scanned(group: Sequence[_Blocks], width: int, rule: ColumnRule) -> jax.Arra
     """The rule on all blocks of a group, [steps of all, width]."""
 
     def padded(one: _Blocks) -> Callable[[jax.Array], jax.Array]:
-        def block(i: jax.Array) -> jax.Array:
-            g = one.block(i)
-            return jnp.pad(g, [(0, 0), (0, width - g.shape[1])])
-
-        return block
+        return lambda i: jnp.pad(g := one.block(i), [(0, 0), (0, width - g.shape[1])])
 
     branches = [padded(one) for one in group]
 
