@@ -257,7 +257,7 @@ def _scanned(group: Sequence[_Blocks], width: int, rule: ColumnRule) -> jax.Arra
     numbers = np.asarray(places, np.int32)
     if len(places) == 1:
         return step(None, (numbers[0, 0], jnp.asarray(numbers[0, 1])))[1][None]
-    return jax.lax.scan(step, None, (numbers[:, 0], numbers[:, 1]))[1]
+    return jax.lax.scan(step, None, (jnp.asarray(numbers[:, 0]), jnp.asarray(numbers[:, 1])))[1]
 
 
 def _in_ranges(of: Pass, one: _Rows, rule: ColumnRule, limit: int, width: int) -> ByParameter:
