@@ -77,13 +77,12 @@ def _text(config: ComparisonConfig) -> tuple[str, ...]:
 def _rates(config: ComparisonConfig, rows: list[Row]) -> Table:
     """Validation accuracy of every learning rate, at its best epoch."""
     table = frame(row for row in rows if row.get("tuning"))
-    best = table.groupby(["cell", "method", "learning_rate"], sort=False)["valid"].max()
     lines = []
-    for cell, method in dict.fromkeys((cell, method) for cell, method, _ in best.index):
-        of_rates = best[cell, method].reindex(config.learning_rates)
-        chosen = of_rates.idxmax() if of_rates.notna().any() else None
-        cells = (f"{100 * value:.1f}{' *' if rate == chosen else ''}" for rate, value in of_rates.items())
-        lines.append((f"{cell}: {METHODS[method].label}", *cells))
+    for (cell, method), part in table.groupby(["cell", "method"], sort=False):
+        best = part.groupby("learning_rate")["valid"].max().reindex(list(config.learning_rates))
+        chosen = best.idxmax() if best.notna().any() else None
+        cells = (f"{100 * value:.1f}{' *' if rate == chosen else ''}" for rate, value in best.items())
+        lines.append((f"{cell}: {METHODS[str(method)].label}", *cells))
     heads = ("chosen on", *(f"{rate:g}" for rate in config.learning_rates))
     note = "Accuracy on the validation examples [%] at the best epoch, one seed that is not reported; * is chosen."
     return Table("Learning rates", heads, tuple(lines), note)
