@@ -32,8 +32,9 @@ COLUMNS: tuple[tuple[str, str, float, float, str], ...] = (
         "averaging",
         "#b5dfb4",
         9.0,
-        11.8,
-        "incoming order_statistics rules slots collective aggregate micro_batch weighting checked coordinatewise weighted",
+        13.0,
+        "incoming order_statistics rules weighting slots collective aggregate micro_batch checked coordinatewise "
+        "weighted",
     ),
 )
 RIGHT = COLUMNS[-1][3]

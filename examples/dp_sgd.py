@@ -61,7 +61,7 @@ def train(config: Config) -> float:
         drawn = np.flatnonzero(rng.random(TRAIN) < config.batch / TRAIN)[:padded]  # longer once in 1e25 steps
         rows = np.resize(np.append(drawn, 0), padded)
         params, opt_state = step(params, opt_state, (images[rows], labels[rows]), np.arange(padded) < len(drawn))
-    return float((jnp.argmax(model.apply(params, images[TRAIN:]), -1) == labels[TRAIN:]).mean())
+    return float((jnp.argmax(jnp.asarray(model.apply(params, images[TRAIN:])), -1) == labels[TRAIN:]).mean())
 
 
 def epsilon(config: Config) -> float:
