@@ -52,7 +52,7 @@ def draw(path: Path) -> None:
     """One row for each floor, one box for each module or folder."""
     floors = runpy.run_path(str(HERE.parent / "tests" / "test_architecture.py"))["FLOORS"]
     levels, folders = floors["cg_jax"], {name.removeprefix("cg_jax.") for name in floors}
-    figure, axes = plt.subplots(figsize=(11, 6.4))
+    figure, axes = plt.subplots(figsize=(12.5, 6.4))
     for floor, names in enumerate(levels[:-1]):
         axes.axhline(floor, color="#eeeeee", zorder=0)
         axes.text(-0.15, floor + 0.5, str(floor + 1), ha="right", va="center", color="gray")
