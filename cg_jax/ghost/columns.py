@@ -157,6 +157,7 @@ def _rows(of: Pass, tensors: Tensors, limit: int) -> _Rows:
         keep = jnp.ones(of.losses.shape) if of.keep is None else of.keep
         return _Rows(tuple(range(len(every))), lambda kept: [g * kept.astype(g.dtype) for g in every], keep, ANY_CHUNK)
     assert isinstance(tensors, ByNorm | ByProduct)
+    tensors = ByProduct(tensors.plan) if isinstance(tensors, ByProduct) else tensors  # one row at a time: none are kept
     plan, keys = tensors.plan, [use.key for use, _ in tensors.plan.places]
 
     def gradient(traces: list[Any]) -> list[jax.Array]:
