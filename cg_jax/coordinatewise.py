@@ -16,7 +16,7 @@ from cg_jax.rules import Rule, applied, require_rule
 def coordinatewise_grads(
     loss_fn: LossFn, rule: Rule, *, max_bytes: int | None = None, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """The function (params, batch, state=None) → rule(g₁, …, g_B), coordinate by coordinate, gᵢ = ∇ loss_fn(·, batch[i]).
+    """The function (params, batch, state=None) → rule(g₁, …, g_B) of each coordinate, gᵢ = ∇ loss_fn(·, batch[i]).
 
     With `winsorized_mean(c)`, for example, coordinate j of the result is the mean of g₁ⱼ … g_Bⱼ with the c smallest and
     the c largest moved to their neighbours. One forward and one backward pass give what went into every use of a
@@ -25,8 +25,8 @@ def coordinatewise_grads(
     a convolution, is built for all examples if that fits max_bytes, and else in ranges of coordinates, with one more
     backward pass of its uses for each range.
 
-    Under `jax.jit` with sharded arrays the result is that of the whole batch. Inside `jax.shard_map` or `jax.pmap` it is
-    that of the device's own examples: an order statistic of all examples is no function of those of the devices.
+    Under `jax.jit` with sharded arrays the result is that of the whole batch. Inside `jax.shard_map` or `jax.pmap` it
+    is that of the device's own examples: an order statistic of all examples is no function of those of the devices.
 
     Args:
         loss_fn: As for `grad_moments`.

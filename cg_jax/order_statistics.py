@@ -6,10 +6,10 @@ is elementwise, so XLA:CPU fuses it with what makes the values and with what fol
 coordinates: each value is read once, and nothing but the result is written. Above that the program would take too long
 to compile, and the bits of the wanted values are searched, by counting smaller values.
 
-Nanoseconds per coordinate on one AVX-512 core, float32, blocks of 2,048 coordinates (median): jnp.sort of axis 0 takes
-SORT100 at k = 100 and SORT1024 at k = 1024. A network takes NET100 at k = 100, a search SEARCH100, and SEARCH1024 at
-k = 1024. Networks of stages, each one pass over a block in the cache, were slower than one fused network. So were
-networks with more than one result, since XLA:CPU computes the network once for each result.
+Measured on one AVX-512 machine with two shared cores, float32, blocks of 1,024 to 2,048 coordinates, median, in
+microseconds per coordinate: at k = 128, 33 for jnp.sort of axis 0, 0.07 for the network and 0.2 to 0.8 for a search of
+bits; at k = 1,024, 710 for jnp.sort and 45 for the search. A network with two results takes twice as long as one, since
+XLA:CPU computes it once for each result.
 """
 
 import functools

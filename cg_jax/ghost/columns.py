@@ -245,11 +245,7 @@ def _scanned(group: Sequence[_Blocks], width: int, rule: ColumnRule) -> jax.Arra
     """The rule on all blocks of a group, [steps of all, width]."""
 
     def padded(one: _Blocks) -> Callable[[jax.Array], jax.Array]:
-        def block(i: jax.Array) -> jax.Array:
-            g = one.block(i)
-            return jnp.pad(g, [(0, 0), (0, width - g.shape[1])])
-
-        return block
+        return lambda i: jnp.pad(g := one.block(i), [(0, 0), (0, width - g.shape[1])])
 
     branches = [padded(one) for one in group]
 
@@ -261,7 +257,7 @@ def _scanned(group: Sequence[_Blocks], width: int, rule: ColumnRule) -> jax.Arra
     numbers = np.asarray(places, np.int32)
     if len(places) == 1:
         return step(None, (numbers[0, 0], jnp.asarray(numbers[0, 1])))[1][None]
-    return jax.lax.scan(step, None, (numbers[:, 0], numbers[:, 1]))[1]
+    return jax.lax.scan(step, None, (jnp.asarray(numbers[:, 0]), jnp.asarray(numbers[:, 1])))[1]
 
 
 def _in_ranges(of: Pass, one: _Rows, rule: ColumnRule, limit: int, width: int) -> ByParameter:
