@@ -193,6 +193,8 @@ def _draw_dots(
             _dots(ax, cells[panel.cell], methods, panel.key, moment, up)
         ax.set_title(labels[panel.cell], fontsize=10)
         ax.set_xlabel(panel.axis)
+        low, high = ax.get_xlim()  # an interval may leave what a share can be
+        ax.set_xlim(max(low, -0.03), min(high, 1.03))
         ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         ax.tick_params(axis="y", labelsize=9)
         figures.percent_axis(ax, x=True)
