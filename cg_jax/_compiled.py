@@ -114,7 +114,25 @@ class Compiled:
             programs.compiled[key] = jax.jit(on_arrays, donate_argnums=tuple(i - self.static - 1 for i in self.donate))
             if self.taker and is_new:
                 _count(self.taker, programs.loss_fn, arrays)
+            elif self.taker and not any(map(_compat.is_tracer, jax.tree.leaves(arrays))):
+                self._count_options(programs, static)
         return programs.compiled[key]
+
+    def _count_options(self, programs: Programs, static: tuple[Any, ...]) -> None:
+        """Warn once if many functions with the same code, such as new lambdas, were passed beside one loss."""
+        options = [value for value in jax.tree.leaves(static) if isinstance(value, types.FunctionType)]
+        others = [
+            value for compiled, each, _ in programs.compiled if compiled is self for value in jax.tree.leaves(each)
+        ]
+        for option in options:
+            code = option.__code__
+            if sum(isinstance(each, types.FunctionType) and each.__code__ is code for each in others) == _MANY:
+                warnings.warn(
+                    f"Expected the same function object at every call, got {_MANY} of the same code, for each of which "
+                    f"{self.taker} compiled anew: {code.co_qualname}, {code.co_filename}:{code.co_firstlineno}; define "
+                    "it once.",
+                    stacklevel=2,
+                )
 
 
 def compiled(static: int, donate: tuple[int, ...] = (), taker: str = "") -> Callable[[Callable[..., Any]], Compiled]:

@@ -54,6 +54,8 @@ def require_rule(rule: Any) -> None:
     """TypeError unless `rule` is a function. cg_jax.median and its like are factories of rules, not rules."""
     if rule in (mean, median, trimmed_mean, winsorized_mean):
         raise TypeError(f"Expected a rule, as cg_jax.{rule.__name__}(…) makes it, got cg_jax.{rule.__name__} itself.")
+    if type(rule).__module__.startswith("cg_jax.weighting"):
+        raise TypeError(f"Expected a coordinate-wise rule, got the weighting {rule!r}; pass it to weighted_grads.")
     _validate.function("rule", rule)
 
 

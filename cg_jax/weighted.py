@@ -14,7 +14,7 @@ from cg_jax._types import PyTree
 from cg_jax.gradients import METHODS, ExampleGradients, example_gradients, zero_where
 from cg_jax.moments import GradMoments
 from cg_jax.sharding.axes import Axes, axes_of
-from cg_jax.weighting import ExampleStatistics, Weighting
+from cg_jax.weighting import ExampleStatistics, NamedWeighting, Weighting, require_weighting
 
 NONFINITE = ("propagate", "skip")
 
@@ -51,6 +51,8 @@ def weighted_grads(
     axis_name it is too: quantiles, medians and shares are of the examples of all devices, and every result but aux is
     replicated. That takes one all-reduce of the parameters' size for the sum, one more for each call of
     `ExampleStatistics.alignments`, and scalars. Without axis_name a device sees only its own examples.
+
+    A loss of one example cannot use batch statistics. With BatchNorm, use its running averages (train=False) as state.
 
     Args:
         loss_fn: As for `grad_moments`.
@@ -93,7 +95,9 @@ def weighted_grads(
         (0.3, 11.0)
     """
     _validate.function("loss_fn", loss_fn)
-    _validate.function("weighting", weighting)
+    if isinstance(loss_fn, NamedWeighting):
+        raise TypeError(f"Expected loss_fn to be a loss of one example, got {loss_fn!r}; loss_fn comes first.")
+    require_weighting("weighting", weighting)
     _validate.one_of("method", method, METHODS)
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
     _validate.max_bytes(max_bytes)
@@ -170,6 +174,10 @@ def _statistics(of: ExampleGradients, keep: jax.Array, axes: Axes) -> ExampleSta
 
     def alignments(weights: jax.Array | None = None) -> jax.Array:
         if weights is not None:
+            if jnp.shape(weights) != losses.shape:
+                raise ValueError(
+                    f"Expected weights of shape {losses.shape} in alignments(weights), got shape {jnp.shape(weights)}."
+                )
             weights = jnp.where(everywhere, weights, 0)
         if axes.is_one_device:
             return zero_where(~keep, of.mutual_alignments(weights))
@@ -182,19 +190,21 @@ def _statistics(of: ExampleGradients, keep: jax.Array, axes: Axes) -> ExampleSta
 
 
 def _checked(weights: Any, of: ExampleStatistics, weighting: Weighting) -> PyTree:
-    """Weights as arrays. ValueError unless they are [B], or like params of [B]."""
+    """Weights as arrays. ValueError unless they are real [B], or like params of [B]."""
     leaves, structure = jax.tree.flatten(weights)
-    is_whole = jax.tree_util.treedef_is_leaf(structure)
-    if not is_whole and structure != jax.tree.structure(of.tensor_sq_norms):
-        raise ValueError(
-            f"Expected weights of shape {of.losses.shape} or a pytree like params, "
-            f"{jax.tree.structure(of.tensor_sq_norms)}, from {weighting!r}, got {structure}."
-        )
+    like = jax.tree.structure(of.tensor_sq_norms)
+    wanted = f"weights of shape {of.losses.shape} or a pytree like params, {like}, from {weighting!r}"
+    if weights is None:
+        raise ValueError(f"Expected {wanted}, got None; return the weights.")
+    if not jax.tree_util.treedef_is_leaf(structure) and structure != like:
+        raise ValueError(f"Expected {wanted}, got {structure}.")
     for leaf in leaves:
         if jnp.shape(leaf) != of.losses.shape:
             raise ValueError(
                 f"Expected weights of shape {of.losses.shape} from {weighting!r}, got shape {jnp.shape(leaf)}."
             )
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(f"Expected real weights from {weighting!r}, got dtype {jnp.result_type(leaf)}.")
     return jax.tree.map(jnp.asarray, weights)
 
 

@@ -236,7 +236,7 @@ def _draw_curves(labels: Mapping[str, str], cells: Mapping[str, pd.DataFrame], p
         ax.set_title(labels[cell], fontsize=10)
         ax.set_xlabel("epoch")
         best = max(curve(table[table["method"] == method], "test").mean.max() for method in table["method"].unique())
-        ax.set_ylim(best - 0.4, best + 0.02)
+        ax.set_ylim(max(0.0, best - 0.4), best + 0.02)
         figures.percent_axis(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("test accuracy")

@@ -135,7 +135,10 @@ def _size(rows: PyTree) -> jax.Array:
     sizes = [jnp.abs(x).max(tuple(range(1, x.ndim)), initial=0) for x in jax.tree.leaves(rows)]
     largest = jnp.stack([size.astype(trees.accumulator_dtype(size.dtype)) for size in sizes]).max(0)
     inside = ((largest > 2.0**-40) & (largest < 2.0**40)) | (largest == 0)
-    return jnp.where(inside, 1, jnp.exp2(jnp.floor(jnp.log2(jnp.where(inside, 1, largest)))))
+    # The power and its inverse must be normal numbers: XLA:CPU flushes others to zero.
+    most = 0.75 * jnp.finfo(largest.dtype).maxexp
+    exponent = jnp.clip(jnp.floor(jnp.log2(jnp.where(inside, 1, largest))), -most, most)
+    return jnp.where(inside, 1, jnp.exp2(exponent))
 
 
 @jax.jit

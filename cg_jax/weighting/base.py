@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -69,6 +70,20 @@ class NamedWeighting:
 
     def __repr__(self) -> str:
         return f"cg_jax.{self.name}({self.shown})"
+
+
+def require_weighting(name: str, value: Any) -> None:
+    """TypeError unless `value` is a function of an `ExampleStatistics`, and no factory of one, nor a rule."""
+    _validate.function(name, value)
+    if isinstance(value, types.FunctionType) and value.__module__.startswith("cg_jax.weighting"):
+        called = f"cg_jax.{value.__name__}"
+        if "<locals>" not in value.__qualname__:
+            raise TypeError(f"Expected {name} to be a weighting, as {called}(…) makes it, got {called} itself.")
+    if type(value).__module__ == "cg_jax.rules" or getattr(value, "__module__", "") == "cg_jax.rules":
+        raise TypeError(
+            f"Expected {name} to be a function of an ExampleStatistics, got the coordinate-wise rule {value!r}; pass "
+            "rules to coordinatewise_grads. The mean is lambda of: of.mask / of.count."
+        )
 
 
 def named(

@@ -91,8 +91,9 @@ def _like(bounds: PyTree, tensors: PyTree) -> PyTree:
 
 
 def _clipped(norms: jax.Array, bound: Any) -> jax.Array:
-    """min(1, bound/norm), and 1 for a zero gradient."""
-    return jnp.where(norms > bound, ratio(bound, norms), 1)
+    """min(1, bound/norm), and 1 for a zero gradient. NaN if the norm or the bound is."""
+    factors = jnp.where(norms > bound, ratio(bound, norms), 1)
+    return jnp.where(jnp.isnan(norms) | jnp.isnan(bound), jnp.nan, factors)
 
 
 def clip_quantile(q: float) -> NamedWeighting:

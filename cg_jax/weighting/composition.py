@@ -5,8 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cg_jax import _validate
-from cg_jax.weighting.base import ExampleStatistics, NamedWeighting, Weighting
+from cg_jax.weighting.base import ExampleStatistics, NamedWeighting, Weighting, require_weighting
 
 
 def compose(*weightings: Weighting) -> NamedWeighting:
@@ -34,7 +33,7 @@ def compose(*weightings: Weighting) -> NamedWeighting:
     if not weightings:
         raise ValueError("Expected at least one weighting, got none.")
     for weighting in weightings:
-        _validate.function("weightings", weighting)
+        require_weighting("weightings", weighting)
 
     def weights(of: ExampleStatistics) -> jax.Array:
         seen, total = of, jnp.ones_like(of.losses)
