@@ -43,9 +43,10 @@ def weighted_grads(
     """The function (params, batch, mask=None, state=None) → (Σ wᵢ gᵢ, WeightedInfo), gᵢ = ∇ loss_fn(params, batch[i]).
 
     The weights wᵢ [B] are a function of the losses, norms and inner products of the gradients, which a weighting such
-    as `clip_norm` or `geometric_median` gives. All come from one forward and one backward pass, and no array of size
-    B × parameters is built. The gradients go to any optax optimizer. Call it inside your own jitted step: results that
-    the step does not use, such as the moments, are then not computed.
+    as `clip_norm` or `geometric_median` gives. All come from one forward and one backward pass. Gradients of examples
+    are built only where their norms need them, as for convolutions, a few at a time; they are kept for the sum where
+    they take no more bytes than the pass itself, or than max_bytes. The gradients go to any optax optimizer. Call it
+    inside your own jitted step: results that the step does not use, such as the moments, are then not computed.
 
     Under `jax.jit` with sharded arrays the result is that of the whole batch. Inside `jax.shard_map` or `jax.pmap` with
     axis_name it is too: quantiles, medians and shares are of the examples of all devices, and every result but aux is
@@ -61,10 +62,12 @@ def weighted_grads(
             weight each tensor by itself. Weights may be any real numbers. Pass the same function object each time,
             since a new one compiles again.
         axis_name: The axis, or axes, of an enclosing shard_map or pmap that the examples are sharded over.
-        max_bytes: As for `grad_moments`.
+        max_bytes: As for `grad_moments`, and the most bytes of all gradients that are kept.
         method: "ghost", or "vmap" for the plain reference, which builds all gradients.
-        nonfinite: "propagate": a non-finite loss or gradient makes the result non-finite. "skip": such an example has
-            weight 0, does not count in B, and is counted in num_nonfinite.
+        nonfinite: "propagate": a non-finite gradient makes the result non-finite, and a non-finite loss the weights
+            that depend on it. "skip": an example with a non-finite loss, gradient or squared norm has weight 0, does
+            not count in B, and is counted in num_nonfinite; its aux is zero. A squared norm above the range (a norm of
+            1.8e19 in float32) is infinite, and clipping then gives weight 0.
         dtype: The floating dtype of the gradients, if it is not that of the parameters. Sums are float32, or float64 if
             the parameters are, before they are cast.
         has_aux: As for `grad_moments`.
@@ -102,7 +105,8 @@ def weighted_grads(
     _validate.one_of("nonfinite", nonfinite, NONFINITE)
     _validate.max_bytes(max_bytes)
     _validate.floating("dtype", dtype)
-    of_batch = _WEIGHTED.of(
+    family = _TRACED if isinstance(weighting, NamedWeighting) and weighting.is_traced else _WEIGHTED
+    of_batch = family.of(
         loss_fn,
         has_aux,
         weighting=weighting,
@@ -136,12 +140,12 @@ def _weighted_grads(
     size = jax.tree.leaves(batch)[0].shape[0]
     of = example_gradients(loss_fn, params, batch, mask, method, max_bytes, has_aux)
     keep = jnp.ones(size, bool) if mask is None else mask
-    aux = of.aux if mask is None else zero_where(~mask, of.aux)
     bad = jnp.zeros(size, bool)
     if nonfinite == "skip":
         finite = jnp.isfinite(trees.total(_sq_norms(of, axes))) & jnp.isfinite(of.losses)
         bad, keep = keep & ~finite, keep & finite
         of = of.without(keep)
+    aux = of.aux if mask is None and nonfinite != "skip" else zero_where(~keep, of.aux)
     statistics = _statistics(of, keep, axes)
     weights = _checked(weighting(statistics), statistics, weighting)
     weights = jax.tree.map(lambda w: jnp.where(statistics.mask, w, 0), weights)
@@ -217,3 +221,4 @@ def _specs(params: PyTree, rows: Any, weighting: Weighting, **_: Any) -> Any:
 
 
 _WEIGHTED = PerBatch(_weighted_grads, _specs, {"mask": mask_of})
+_TRACED = PerBatch(_weighted_grads, _specs, {"mask": mask_of}, jitted=False)

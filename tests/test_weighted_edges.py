@@ -227,6 +227,101 @@ def test_the_geometric_median_does_not_break_with_45_percent_moved(iterations):
     assert np.linalg.norm(moved.mean(0)) > 1e5
 
 
+def _rank_one(w, x):
+    return x[0] @ w @ x[1]
+
+
+@pytest.mark.parametrize("method", ["ghost", "vmap"])
+@pytest.mark.parametrize("name", ["geometric_median", "trimmed", "clipped"])
+def test_a_squared_norm_outside_the_range_moves_no_median(name, method):
+    weighting = {
+        "geometric_median": cg.geometric_median(2),
+        "trimmed": cg.compose(cg.trim_loss(0.5), cg.geometric_median(2)),
+        "clipped": cg.compose(cg.clip_quantile(0.5), cg.geometric_median(2)),
+    }[name]
+    x = (jnp.ones((4, 8)).at[0].set(1e10),) * 2
+    grads, info = cg.weighted_grads(_rank_one, weighting, method=method)(jnp.zeros((8, 8)), x)
+    assert info.weights[0] == 0
+    np.testing.assert_allclose(grads, np.ones((8, 8)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1.5e-38, 2.1e-38, 4e-38, 1e-30, 1e30, 1.6e38, 3e38])
+def test_norms_of_cotangents_at_the_limits_of_the_range(size):
+    """The other factor brings the norm back into the range, or the square is out of it: zero or infinite, never NaN."""
+    other = np.float32(1 / size if size < 1 else 1e-30)
+    for scale in (other, np.float32(1)):
+        x = (jnp.full((1, 4), scale), jnp.full((1, 3), size, jnp.float32))
+        (got,) = cg.per_example_sq_norms(_rank_one)(jnp.ones((4, 3)), x)
+        with np.errstate(over="ignore", under="ignore"):
+            want = np.float32(12 * np.float64(scale) ** 2 * np.float64(np.float32(size)) ** 2)
+        if want == 0 or want < 1e-37:
+            assert 0 <= got < 1e-36
+        elif size > 2e-38 or scale != other:  # numbers below are flushed to zero on some processors
+            np.testing.assert_allclose(got, want, rtol=1e-4)
+        assert not np.isnan(got)
+
+
+def test_a_norm_that_is_not_a_number_is_no_quantile():
+    from cg_jax.weighting.base import quantile
+    from cg_jax.weighting.clipping import _clipped
+
+    norms, mask = jnp.array([1.0, jnp.nan, 3.0]), jnp.ones(3, bool)
+    assert np.isnan(quantile(norms, mask, 0.5))
+    assert np.isnan(_clipped(norms, quantile(norms, mask, 0.5))).all()
+    assert np.isfinite(quantile(norms, jnp.array([True, False, True]), 0.5))
+
+
+@pytest.mark.parametrize("shape", [(32, 5), (7, 4, 5)])
+@pytest.mark.parametrize("weighting", [cg.agreement(0.5), cg.geometric_median(2)])
+def test_stacked_layers_in_bfloat16(shape, weighting):
+    def loss_fn(w, x):
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0] ** 2)
+
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=each), jnp.bfloat16) for each in ((3, 5, 5), (8, *shape[1:])))
+    x = jnp.concatenate([x] * 4)
+    got, info = cg.weighted_grads(loss_fn, weighting)(w, x)
+    want, reference = cg.weighted_grads(loss_fn, weighting, method="vmap")(w, x)
+    np.testing.assert_allclose(info.sq_norms, reference.sq_norms, rtol=5e-2)
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+    assert got.dtype == want.dtype == jnp.bfloat16
+
+
+def test_aux_of_a_skipped_row_is_zero():
+    def loss_fn(w, x):
+        return w @ x, jnp.log(x[0])
+
+    rows = jnp.array([[1.0, 2.0, 3.0, 4.0], [jnp.nan, 0.0, 0.0, 0.0]])
+    (_, info), aux = cg.weighted_grads(loss_fn, cg.clip_norm(1.0), nonfinite="skip", has_aux=True)(W, rows)
+    assert int(info.num_nonfinite) == 1
+    np.testing.assert_allclose(aux, [0.0, 0.0])
+
+
+def test_a_traced_bound_leaves_no_program_behind():
+    from cg_jax._compiled import programs_of
+
+    def loss_fn(w, x):
+        return w @ x
+
+    def step(w, bound):
+        return cg.weighted_grads(loss_fn, cg.compose(cg.clip_norm(bound), cg.normalize()))(w, jnp.ones((3, 4)))[0]
+
+    with jax.checking_leaks():
+        jax.jit(step)(W, 1.0)
+    jax.jit(step)(W.astype(jnp.bfloat16), 1.0)
+    assert not programs_of(loss_fn).compiled
+
+
+def test_many_new_functions_warn():
+    def call():
+        return cg.weighted_grads(linear, lambda of: of.losses)(W, jnp.ones((3, 4)))
+
+    for _ in range(7):
+        call()
+    with pytest.warns(UserWarning, match="got 8 of the same code, for each of which weighted_grads compiled anew"):
+        call()
+
+
 def test_wrong_arguments():
     batch = jnp.ones((3, 4))
     for make, message in {
@@ -251,6 +346,12 @@ def test_wrong_arguments():
             {"a": W}, batch
         ): r"in compose, got",
         lambda: cg.weighted_grads(linear, cg.normalize())(W, batch, jnp.ones(3)): r"Expected mask to be boolean",
+        lambda: cg.weighted_grads(linear, lambda of: None)(W, batch): r"got None; return the weights",
+        lambda: cg.weighted_grads(linear, lambda of: of.losses * 1j)(W, batch): r"Expected real weights from",
+        lambda: cg.weighted_grads(linear, lambda of: of.alignments(2.0))(W, batch): r"in alignments\(weights\), got",
+        lambda: cg.weighted_grads(lambda p, x: p["a"] @ x + p["b"], cg.clip_norm({"a": 1.0, "b": None}))(
+            {"a": W, "b": 1.0}, batch
+        ): r"Expected a bound for every tensor",
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
@@ -258,6 +359,10 @@ def test_wrong_arguments():
         lambda: cg.clip_norm("big"): r"Expected max_norm to be a number, got max_norm='big'",
         lambda: cg.compose(cg.normalize(), 3): r"Expected weightings to be a function, got int",
         lambda: cg.weighted_grads(linear, 0.5): r"Expected weighting to be a function, got float",
+        lambda: cg.weighted_grads(linear, cg.agreement): r"as cg_jax\.agreement\(…\) makes it, got",
+        lambda: cg.weighted_grads(linear, cg.median()): r"got the coordinate-wise rule cg_jax\.median\(\)",
+        lambda: cg.weighted_grads(cg.normalize(), linear): r"loss_fn comes first",
+        lambda: cg.coordinatewise_grads(linear, cg.normalize()): r"got the weighting cg_jax\.normalize\(\)",
         lambda: cg.weighted_grads(linear, cg.normalize(), dtype=int): r"Expected dtype to be a floating dtype",
     }.items():
         with pytest.raises(TypeError, match=message):

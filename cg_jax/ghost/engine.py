@@ -164,8 +164,8 @@ def mutual_alignments(of: Pass, weights: jax.Array | None) -> jax.Array:
     for tensors in of.tensors:
         pairs = tensors.pairs(of) if isinstance(tensors, ByProduct) and not is_sharded else None
         if pairs is not None:
-            row = jnp.ones(of.losses.shape) if weights is None else weights
-            parts.append(jnp.dot(pairs, row.astype(pairs.dtype), precision="highest"))
+            (inner, scale), row = pairs, 1 if weights is None else weights.astype(pairs[1].dtype)
+            parts.append(scale * jnp.dot(inner, scale * row, precision="highest"))
         elif weights is None:
             parts += tensors.along(of, tensors.sums(of))
         else:

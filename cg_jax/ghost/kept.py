@@ -35,7 +35,7 @@ class KeptProduct(ByProduct):
         return {self.plan.parameter: self._rows(of)[0].astype(of.dtype(self.plan.parameter))}
 
     def sums(self, of: Pass) -> ByParameter:  # noqa: D102
-        return self.weighted_sums(of, {self.plan.parameter: jnp.ones(of.losses.shape)})
+        return self.weighted_sums(of, {self.plan.parameter: jnp.ones(self._rows(of)[0].shape)})
 
     def weighted_sums(self, of: Pass, weights: ByParameter) -> ByParameter:  # noqa: D102
         parameter = self.plan.parameter

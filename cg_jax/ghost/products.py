@@ -201,13 +201,15 @@ def has_cheap_pairs(product: Product, size: int) -> bool:
     return t == 1 and product.scale is None and is_cheap
 
 
-def pairs(product: Product, x: Any, cotangent: Any, dtype: Any) -> jax.Array:
-    """gᵢ · gⱼ of all pairs, [B, B] = Σₙ (aᵢ · aⱼ)(bᵢ · bⱼ), with one position. Rows near the limits are scaled."""
+def pairs(product: Product, x: Any, cotangent: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(K [B, B], s [B]) with gᵢ · gⱼ = sᵢ sⱼ Kᵢⱼ = Σₙ (aᵢ · aⱼ)(bᵢ · bⱼ), of a product with one position.
+
+    The scales are 1 but near the limits of the range, where gᵢ · gᵢ may leave it though other pairs do not.
+    """
     sizes = _size(x), _size(cotangent)
     a, b, _ = factors_of(product, _scaled(x, 1 / sizes[0]), _scaled(cotangent, 1 / sizes[1]))
     inner = [_dot(product, dtype, "inc,jnc->nij", *[rows.reshape(*rows.shape[:2], -1)] * 2) for rows in (a, b)]
-    scale = sizes[0].astype(dtype) * sizes[1].astype(dtype)
-    return (inner[0] * inner[1]).sum(0) * scale[:, None] * scale[None]
+    return (inner[0] * inner[1]).sum(0), sizes[0].astype(dtype) * sizes[1].astype(dtype)
 
 
 def factors_of(product: Product, x: Any, cotangent: Any) -> tuple[jax.Array, jax.Array, str]:
@@ -218,6 +220,9 @@ def factors_of(product: Product, x: Any, cotangent: Any) -> tuple[jax.Array, jax
 
 
 def _dot(product: Product, dtype: Any, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    left, right = spec.split("->")[0].split(",")
+    if jax.default_backend() == "cpu" and set(left) & set(right) & set(spec.split("->")[1]):
+        a, b = a.astype(dtype), b.astype(dtype)  # XLA:CPU has no product of batches of narrow arrays with a wide result
     return jnp.einsum(spec, a, b, precision=product.precision, preferred_element_type=dtype)
 
 

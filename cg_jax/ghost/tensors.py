@@ -51,8 +51,8 @@ class ByProduct:
             return [along_by_primitive(of, self.plan, v)]
         return [in_chunks(lambda rows: along(product, rows[0], rows[1], v), self.factors(of), self.plan.chunk)]
 
-    def pairs(self, of: Pass) -> jax.Array | None:
-        """gᵢ · gⱼ of all pairs, [B, B], or None if they cost more than a weighted sum and its alignments."""
+    def pairs(self, of: Pass) -> tuple[jax.Array, jax.Array] | None:
+        """(K [B, B], s [B]) with gᵢ · gⱼ = sᵢ sⱼ Kᵢⱼ, or None if they cost more than a weighted sum and alignments."""
         product, size = self.product(of), of.losses.shape[0]
         if not has_cheap_pairs(product, size):
             return None

@@ -55,6 +55,10 @@ class ExampleStatistics:
 Weighting = Callable[[ExampleStatistics], Any]
 
 
+class Unique:
+    """The key of a weighting that holds a traced number: it equals only itself, and its programs are not kept."""
+
+
 @dataclasses.dataclass(frozen=True)
 class NamedWeighting:
     """A weighting with the name and the numbers of its factory. Weightings with equal ones are equal."""
@@ -63,6 +67,13 @@ class NamedWeighting:
     key: Hashable  # the numbers
     shown: str
     function: Weighting = dataclasses.field(compare=False)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether it, or one that it is composed of, holds a traced number."""
+        parts = self.key if isinstance(self.key, tuple) else ()
+        inner = [each for each in parts if isinstance(each, NamedWeighting)]
+        return isinstance(self.key, Unique) or any(each.is_traced for each in inner)
 
     def __call__(self, statistics: ExampleStatistics) -> Any:
         """function(statistics)."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from cg_jax import _compat, _validate
 from cg_jax._types import PyTree
-from cg_jax.weighting.base import ExampleStatistics, NamedWeighting, named, quantile, ratio
+from cg_jax.weighting.base import ExampleStatistics, NamedWeighting, Unique, named, quantile, ratio
 
 
 def clip_norm(max_norm: Any, per_tensor: bool = False, *, normalize_by: float | None = None) -> NamedWeighting:
@@ -64,7 +64,7 @@ def clip_norm(max_norm: Any, per_tensor: bool = False, *, normalize_by: float | 
 
     shown: Any = max_norm if is_tree else bounds[0]
     # A traced bound has no value yet. Such a weighting equals only itself.
-    key = object() if any(map(_compat.is_tracer, bounds)) else (bounds, structure, per_tensor, normalize_by)
+    key = Unique() if any(map(_compat.is_tracer, bounds)) else (bounds, structure, per_tensor, normalize_by)
     numbers = {"max_norm": shown, "per_tensor": per_tensor, "normalize_by": normalize_by}
     return named("clip_norm", weights, numbers, key)
 
@@ -82,12 +82,15 @@ def _like(bounds: PyTree, tensors: PyTree) -> PyTree:
     """Bounds for the tensors that have a norm. ValueError if the two trees have different structures."""
     is_none = lambda leaf: leaf is None  # noqa: E731
     whole, structure = jax.tree.flatten(tensors, is_leaf=is_none)
+    each = jax.tree.leaves(bounds, is_leaf=is_none)
     if jax.tree.structure(bounds, is_leaf=is_none) != structure:
         raise ValueError(
             f"Expected max_norm to have the structure of params, {structure}, got {jax.tree.structure(bounds)}."
         )
-    kept = zip(whole, jax.tree.leaves(bounds, is_leaf=is_none), strict=True)
-    return jax.tree.unflatten(structure, [None if tensor is None else bound for tensor, bound in kept])
+    if any(bound is None and tensor is not None for tensor, bound in zip(whole, each, strict=True)):
+        raise ValueError(f"Expected a bound for every tensor in max_norm, got {bounds}; inf clips nothing.")
+    kept = [None if tensor is None else bound for tensor, bound in zip(whole, each, strict=True)]
+    return jax.tree.unflatten(structure, kept)
 
 
 def _clipped(norms: jax.Array, bound: Any) -> jax.Array:

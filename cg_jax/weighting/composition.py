@@ -60,12 +60,17 @@ def _scaled(of: ExampleStatistics, factors: jax.Array) -> ExampleStatistics:
     """The statistics of the gradients factorᵢ gᵢ."""
 
     def alignments(weights: jax.Array | None = None) -> jax.Array:
-        return factors * of.alignments(factors if weights is None else factors * weights)
+        along = of.alignments(factors if weights is None else factors * weights)
+        return jnp.where(factors == 0, 0, factors * along)
 
     square = jnp.square(factors)
+
+    def scaled(sq_norms: jax.Array) -> jax.Array:
+        return jnp.where(factors == 0, 0, square * sq_norms)
+
     return dataclasses.replace(
         of,
-        sq_norms=square * of.sq_norms,
-        tensor_sq_norms=jax.tree.map(lambda sq: square * sq, of.tensor_sq_norms),
+        sq_norms=scaled(of.sq_norms),
+        tensor_sq_norms=jax.tree.map(scaled, of.tensor_sq_norms),
         alignments=alignments,
     )

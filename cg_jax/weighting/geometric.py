@@ -41,8 +41,9 @@ def geometric_median(iterations: int = 4) -> NamedWeighting:
         w = _weights(of, of.norms)
         for _ in range(iterations):
             along = of.alignments(w)
-            sq_distances = of.sq_norms - 2 * along + (w * along).sum()
-            w = _weights(of, jnp.sqrt(jnp.maximum(sq_distances, 0)))
+            inside = jnp.where(w == 0, 0, w * along).sum()  # ‖z‖²
+            sq_distances = jnp.maximum(of.sq_norms - 2 * along + inside, 0)
+            w = _weights(of, jnp.sqrt(jnp.where(jnp.isinf(of.sq_norms), jnp.inf, sq_distances)))
         return w
 
     return named("geometric_median", weights, {"iterations": iterations})
