@@ -23,3 +23,12 @@ def _estimators_registered_by_a_test_go_with_it(monkeypatch):
     from cg_jax import estimators  # after the modes are set
 
     monkeypatch.setattr(estimators, "_BY_NAME", dict(estimators._BY_NAME))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_many_files_are_freed():
+    """Compiled programs hold memory maps, of which Linux gives a process 65,530. Beyond that it crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 10_000:
+        jax.clear_caches()
