@@ -184,8 +184,8 @@ def test_the_moments_of_a_run():
 
 def test_shares_count_the_right_examples():
     labels, true, guess = np.array([0, 1, 2, 3]), np.array([0, 1, 9, 8]), np.array([0, 5, 2, 8])
-    found = shares(guess, labels, true)
-    assert found == {"train": 0.5, "pristine": 0.5, "corrupt": 0.5, "corrupt_true": 0.5, "corrupt_share": 0.5}
+    counted = shares(guess, labels, true)
+    assert counted == {"train": 0.5, "pristine": 0.5, "corrupt": 0.5, "corrupt_true": 0.5, "corrupt_share": 0.5}
 
 
 def test_spread_over_seeds():
