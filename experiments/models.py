@@ -93,6 +93,8 @@ class Network(NamedTuple):
     build: Callable[..., nn.Module]  # of num_classes, and of width and depth where they are given
     depths: tuple[int, ...] | None = None  # that it can have; () where it has no such option, None where any will do
     batch_norm: bool = False
+    # Whether trainings of several seeds are one program, vmapped over seeds. Convolutions are slower so on CPUs.
+    vmapped: bool = False
 
 
 def _resnet50(norm: str, depth: int | None = None, **options: Any) -> nn.Module:
@@ -102,7 +104,7 @@ def _resnet50(norm: str, depth: int | None = None, **options: Any) -> nn.Module:
 
 
 MODELS: dict[str, Network] = {
-    "mlp": Network(Line("MLP", "tab:blue"), MLP),
+    "mlp": Network(Line("MLP", "tab:blue"), MLP, vmapped=True),
     "cnn": Network(Line("CNN", "tab:orange", "--"), CNN, depths=()),
     "resnet": Network(Line("ResNet, GroupNorm", "tab:green", "-."), ResNet, depths=(8, 18)),
     "resnet50": Network(Line("ResNet-50", "tab:red"), functools.partial(_resnet50, "batch"), batch_norm=True),
