@@ -45,16 +45,15 @@ def measure(model: str, width: int, depth: int | None, batch_size: int, steps: i
 
     together = Together(method, examples, 0)
     alone = [Alone(method, each, 0) for each in examples]
-    states = {"together": jax.tree.map(lambda *leaves: np.stack(leaves), *fresh()), "alone": fresh()}
+    states: dict[str, Any] = {"together": jax.tree.map(lambda *leaves: np.stack(leaves), *fresh()), "alone": fresh()}
 
     def run_together() -> None:
         states["together"] = jax.block_until_ready(together.advance(states["together"], steps, lambda _: None))
 
     def run_alone() -> None:
-        own: list[Any] = states["alone"]
         states["alone"] = [
             jax.block_until_ready(each.advance(state, steps, lambda _: None))
-            for each, state in zip(alone, own, strict=True)
+            for each, state in zip(alone, states["alone"], strict=True)
         ]
 
     ms = alternate({"alone": run_alone, "together": run_together}, repeats)

@@ -1,13 +1,11 @@
 """Trainings of several seeds in one program, against each of them alone; trainings that continue one another."""
 
-from typing import cast
-
 import jax
 import numpy as np
 import pytest
 
 from experiments import configs, loop, models
-from experiments.arrays import InMemory, OnDevices
+from experiments.arrays import InMemory
 from experiments.coherence import CoherenceConfig
 from experiments.data import Noise
 from experiments.run_folder import RunFolder
@@ -38,7 +36,7 @@ def _run(folder, trainings, config=TINY):
 def test_seeds_in_one_program_take_the_steps_of_each_alone(method):
     data, model = InMemory(TINY), models.build("mlp", 8, 2, 10)
     keys = [Keys.of(seed) for seed in range(3)]
-    examples = [cast(OnDevices, data.noisy(key, Noise(0.5))) for key in keys]
+    examples = [data.noisy(key, Noise(0.5)) for key in keys]
     how = trainer(model, method, Recipe(20, 0.5, weight_decay=0.01, decay_at=(1,)), data.num_train)
     states = [jax.device_get(how.init(key.init, each.first)) for key, each in zip(keys, examples, strict=True)]
     steps, ticks = CHUNK + 7, []
