@@ -28,6 +28,8 @@ NETWORK_LIMIT = 16
 # Rows that are unrolled. XLA:CPU does not vectorise the program of many more, which is then 20 times slower.
 _UNROLL_LIMIT = 160
 _GROUP = 32
+# Ranks up to so many from an end are found by insertion, which takes fewer minima and maxima than the network.
+_INSERTION_LIMIT = 4
 
 
 @functools.cache
@@ -75,6 +77,19 @@ def _by_network(wires: list[jax.Array], wanted: tuple[int, ...]) -> list[jax.Arr
     return [wires[i] for i in wanted]
 
 
+def _by_insertion(wires: Sequence[jax.Array], rank: int) -> jax.Array:
+    """The order statistic of a rank near either end: each value in turn is inserted into the few at that end."""
+    from_above = len(wires) - 1 - rank < rank
+    inner, outer = (jnp.minimum, jnp.maximum) if from_above else (jnp.maximum, jnp.minimum)
+    most = min(rank, len(wires) - 1 - rank) + 1
+    ends: list[jax.Array] = []  # the outermost first
+    for wire in wires:
+        for i, end in enumerate(ends):
+            ends[i], wire = outer(end, wire), inner(end, wire)
+        ends = [*ends, wire][:most]
+    return ends[-1]
+
+
 def _by_sort(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
     ordered = jnp.sort(values, axis=0)  # NaN last
     spoilt = jnp.isnan(ordered[-1])
@@ -85,8 +100,11 @@ def _by_sort(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
 def _by_keys(values: jax.Array, wanted: tuple[int, ...]) -> list[jax.Array]:
     """The wanted order statistics, where NaN is less or greater than any other value."""
     wide = values.astype(trees.accumulator_dtype(values.dtype))
-    if values.shape[0] <= _UNROLL_LIMIT:  # row by row: keys of all rows at once would be an array in memory
-        of_keys = _by_network([_keys(row) for row in wide], wanted)
+    k = values.shape[0]
+    if k <= _UNROLL_LIMIT:  # row by row: keys of all rows at once would be an array in memory
+        keys = [_keys(row) for row in wide]
+        near_ends = all(min(rank, k - 1 - rank) <= _INSERTION_LIMIT for rank in wanted)
+        of_keys = [_by_insertion(keys, rank) for rank in wanted] if near_ends else _by_network(keys, wanted)
     else:
         of_keys = _by_counting(_keys(wide), wanted)
     return [_values(key, wide.dtype).astype(values.dtype) for key in of_keys]
@@ -108,6 +126,9 @@ def sum_between(
     k, wanted = values.shape[0], (rank, values.shape[0] - 1 - rank)
     if jax.default_backend() != "cpu" or k <= 2 * _GROUP or values.size == 0:
         low, high = order_statistics(values, wanted)
+        return row_sum(lambda row: term(row, low, high), values), low, high
+    if k <= _UNROLL_LIMIT and min(wanted) <= _INSERTION_LIMIT:  # a small program: with the sum
+        low, high = _by_keys(values, wanted)
         return row_sum(lambda row: term(row, low, high), values), low, high
     # A loop over two halves of the coordinates parts the network from the sum. XLA:CPU would fuse both, and it does not
     # vectorise such a large program. Both ends are one complex number, since a network is computed for each result.

@@ -25,7 +25,7 @@ from .methods import EPOCH_UNIT, METHODS
 from .run_folder import RunFolder
 from .section import Row
 from .stepping import taking
-from .train import Keys, Recipe, State, trainer
+from .train import Keys, Recipe, State, Trainer, trainer
 
 
 class Training(NamedTuple):
@@ -230,13 +230,8 @@ def _train(
     recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at)
     method = trainer(model, trainings[0].method, recipe, examples[0].num_train)
     wanted, clock, done = measured_at(method.per_epoch, config), Clock(start.seconds), max(start.step, 0)
-    if begun is None:
-        states = [method.init(key.init, each.first) for key, each in zip(keys, examples, strict=True)]
-    else:
-        states = [method.begin(params) for params in begun]
-    stepper, state = taking(
-        method, examples, jax.device_get(states), done, vmapped=_vmapped(config, problem, trainings[0])
-    )
+    states = _states(method, keys, examples, begun)
+    stepper, state = taking(method, examples, states, done, vmapped=_vmapped(config, problem, trainings[0]))
     state: State = devices().replicate(_filled(state, leaves))
 
     def note(step: int) -> None:
@@ -270,3 +265,12 @@ def _train(
             if step % config.save_every == 0 or step == wanted[-1]:
                 save(step)
     return stepper.params(state)
+
+
+def _states(
+    method: Trainer, keys: Sequence[Keys], examples: Sequence[Examples], begun: list[Any] | None
+) -> list[State]:
+    """What every seed begins with, on the host."""
+    if begun is not None:
+        return jax.device_get([method.begin(params) for params in begun])
+    return jax.device_get([method.init(key.init, each.first) for key, each in zip(keys, examples, strict=True)])

@@ -43,7 +43,7 @@ FLOORS = {
         ["inline"],
         ["backward", "plan"],
         ["cost", "passes"],
-        ["explanation", "instances"],
+        ["blocks", "explanation", "instances"],
         ["by_primitive"],
         ["tensors"],
         ["kept"],

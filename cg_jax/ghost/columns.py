@@ -18,6 +18,7 @@ import numpy as np
 
 from cg_jax import _compat
 from cg_jax._types import PyTree
+from cg_jax.ghost.blocks import Blocks, ColumnRule, each_block, scanned
 from cg_jax.ghost.chunks import in_chunks, of_each
 from cg_jax.ghost.passes import ByParameter, Pass, Tensors
 from cg_jax.ghost.plan import ANY_CHUNK, RulePlan, bytes_at_once
@@ -26,19 +27,8 @@ from cg_jax.ghost.products import factors_of, product_chunk
 from cg_jax.ghost.scalars import ByNumbers
 from cg_jax.ghost.tensors import ByGradients, ByNorm, ByProduct, SameForAll
 
-# Gradients of the examples at some coordinates, [B, n] → a value for each coordinate, [n].
-ColumnRule = Callable[[jax.Array], jax.Array]
-
 # On a CPU, the gradients of one block should fit the cache of a core, with room for what they are made of.
 _CACHE_BYTES = 2**20
-
-
-class _Blocks(NamedTuple):
-    """Coordinates of some tensors, in `steps` blocks."""
-
-    steps: int
-    block: Callable[[jax.Array], jax.Array]  # number of the block → [B, n]
-    collect: Callable[[jax.Array], ByParameter]  # values [steps, n] → values of each parameter
 
 
 class _Rows(NamedTuple):
@@ -55,7 +45,7 @@ def by_columns(of: Pass, rule: ColumnRule, max_bytes: int | None = None) -> PyTr
     limit = bytes_at_once(max_bytes)
     leaves, structure = jax.tree.flatten(of.kept)
     values: ByParameter = {}
-    cut: list[_Blocks] = []
+    cut: list[Blocks] = []
     built: list[_Rows] = []
     width = _width(of, limit)
     for tensors in of.tensors:
@@ -66,7 +56,7 @@ def by_columns(of: Pass, rule: ColumnRule, max_bytes: int | None = None) -> PyTr
             cut.append(blocks)
     pool, large = _split(of, built, limit)
     values |= {i: jnp.zeros(leaves[i].shape, of.dtype(i)) for i in pool if leaves[i].size == 0}
-    values |= _each_block([*cut, *_pooled(of, pool, width)], rule)
+    values |= each_block([*cut, *_pooled(of, pool, width)], rule)
     for one in large:
         values |= _in_ranges(of, one, rule, limit, width)
     for i, leaf in enumerate(leaves):
@@ -85,7 +75,7 @@ def _width(of: Pass, limit: int) -> int:
     return max(1, min(size, width - width % 64 if width > 64 else width))
 
 
-def _of_product(of: Pass, tensors: ByProduct, width: int) -> _Blocks | None:
+def _of_product(of: Pass, tensors: ByProduct, width: int) -> Blocks | None:
     """Blocks of G [N, D, P]. None if the factors are larger than what went in and came back, as patches are."""
     parameter, product = tensors.plan.parameter, tensors.product(of)
     n, _, d, p = product.dims
@@ -109,14 +99,14 @@ def _of_product(of: Pass, tensors: ByProduct, width: int) -> _Blocks | None:
         g = _product_of(product, of_d, of_p, letters, dtype)
         if scale is not None:
             g = g * _slices(scale, dict(enumerate(zip(at, sides, strict=True)))).astype(dtype)
-        return g.reshape(g.shape[0], -1)
+        return g.reshape(g.shape[0], -1, g.shape[-1])
 
     def collect(values: jax.Array) -> ByParameter:
         joined = values.reshape(*grid, *sides).transpose(0, 3, 1, 4, 2, 5)
         joined = joined.reshape([count * side for count, side in zip(grid, sides, strict=True)])
         return {parameter: product.to_view(joined[:n, :d, :p])}
 
-    return _Blocks(math.prod(grid), block, collect)
+    return Blocks(math.prod(grid), block, collect)
 
 
 def _product_of(product: Product, a: jax.Array, b: jax.Array, letters: str, dtype: Any) -> jax.Array:
@@ -202,7 +192,7 @@ def _matrices(of: Pass, one: _Rows) -> dict[int, jax.Array]:
     return {i: part.astype(of.dtype(i)) for i, part in zip(one.parameters, parts, strict=True)}
 
 
-def _pooled(of: Pass, pool: dict[int, jax.Array], width: int) -> list[_Blocks]:
+def _pooled(of: Pass, pool: dict[int, jax.Array], width: int) -> list[Blocks]:
     """Blocks of the gradients of several tensors side by side."""
     kinds = {i: (part.dtype, _compat.varying_axes(part)) for i, part in pool.items() if part.size}
     return [
@@ -211,7 +201,7 @@ def _pooled(of: Pass, pool: dict[int, jax.Array], width: int) -> list[_Blocks]:
     ]
 
 
-def _of_matrix(of: Pass, pool: dict[int, jax.Array], width: int) -> _Blocks:
+def _of_matrix(of: Pass, pool: dict[int, jax.Array], width: int) -> Blocks:
     matrix = jnp.concatenate(list(pool.values()), 1)
     (width,) = _sides(matrix.shape[1:], width)
     steps = -(-matrix.shape[1] // width)
@@ -219,46 +209,13 @@ def _of_matrix(of: Pass, pool: dict[int, jax.Array], width: int) -> _Blocks:
     ends = list(itertools.accumulate(part.shape[1] for part in pool.values()))
 
     def block(i: jax.Array) -> jax.Array:
-        return _slices(matrix, {1: (i * width, width)})
+        return _slices(matrix, {1: (i * width, width)})[:, None]
 
     def collect(values: jax.Array) -> ByParameter:
         leaves, parts = jax.tree.leaves(of.kept), jnp.split(values.ravel()[: ends[-1]], ends[:-1])
         return {i: part.reshape(leaves[i].shape) for i, part in zip(pool, parts, strict=True)}
 
-    return _Blocks(steps, block, collect)
-
-
-def _each_block(every: Sequence[_Blocks], rule: ColumnRule) -> ByParameter:
-    """The rule on all blocks. Blocks of one kind share a loop, in which narrower ones are padded."""
-    avals = [jax.eval_shape(one.block, jax.ShapeDtypeStruct((), jnp.int32)) for one in every]
-    kinds = [(aval.dtype, _compat.varying_axes(aval)) for aval in avals]
-    values: ByParameter = {}
-    for kind in dict.fromkeys(kinds):
-        group = [one for one, other in zip(every, kinds, strict=True) if other == kind]
-        widths = [aval.shape[1] for aval, other in zip(avals, kinds, strict=True) if other == kind]
-        done = _scanned(group, max(widths), rule)
-        for one, width, start in zip(group, widths, itertools.accumulate([0, *(g.steps for g in group)]), strict=False):
-            values |= one.collect(done[start : start + one.steps, :width])
-    return values
-
-
-def _scanned(group: Sequence[_Blocks], width: int, rule: ColumnRule) -> jax.Array:
-    """The rule on all blocks of a group, [steps of all, width]."""
-
-    def padded(one: _Blocks) -> Callable[[jax.Array], jax.Array]:
-        return lambda i: jnp.pad(g := one.block(i), [(0, 0), (0, width - g.shape[1])])
-
-    branches = [padded(one) for one in group]
-
-    def step(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        branch, i = at
-        return None, rule(branches[0](i) if len(branches) == 1 else jax.lax.switch(branch, branches, i))
-
-    places = [(k, i) for k, one in enumerate(group) for i in range(one.steps)]
-    numbers = np.asarray(places, np.int32)
-    if len(places) == 1:
-        return step(None, (numbers[0, 0], jnp.asarray(numbers[0, 1])))[1][None]
-    return jax.lax.scan(step, None, (jnp.asarray(numbers[:, 0]), jnp.asarray(numbers[:, 1])))[1]
+    return Blocks(steps, block, collect)
 
 
 def _in_ranges(of: Pass, one: _Rows, rule: ColumnRule, limit: int, width: int) -> ByParameter:
@@ -296,5 +253,5 @@ def _on_matrix(matrix: jax.Array, rule: ColumnRule, width: int) -> jax.Array:
     (width,) = _sides((n,), width)
     steps = -(-n // width)
     matrix = jnp.pad(matrix, [(0, 0), (0, steps * width - n)])
-    one = _Blocks(steps, lambda i: _slices(matrix, {1: (i * width, width)}), lambda values: {})
-    return _scanned([one], width, rule).ravel()[:n]
+    one = Blocks(steps, lambda i: _slices(matrix, {1: (i * width, width)})[:, None], lambda values: {})
+    return scanned([one], [(1, width)], rule).ravel()[:n]
