@@ -22,8 +22,6 @@ from .section import Curve, Row, curve, frame
 # The most tensors that have a line each.
 _MOST_LINES = 20
 _SIZE = (12, 6.8)  # inches
-# The most entries of a legend in one row.
-_MOST_ENTRIES = 6
 _INTERVALS = "95% interval over seeds"
 _STYLES, _SHAPES = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "X", "P")
 
@@ -47,13 +45,14 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def legend(figure: Any, ax: Any) -> None:
-    """One legend above all panels, of the lines of one of them and what its bands are; at most six in a row."""
-    lines, labels = ax.get_legend_handles_labels()
-    if any(len(path.vertices) for part in ax.collections for path in part.get_paths()):
-        lines, labels = [*lines, Patch(color="black", alpha=0.2, linewidth=0)], [*labels, _INTERVALS]
-    rows = -(-len(labels) // _MOST_ENTRIES)
-    figure.legend(lines, labels, loc="outside upper center", ncols=-(-len(labels) // max(rows, 1)), fontsize=9)
+def legend(figure: Any, *axes: Any, columns: int = 6) -> None:
+    """One legend above all panels, of the lines of some of them, each label once, and what their bands are."""
+    entries = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if any(len(path.vertices) for ax in axes for part in ax.collections for path in part.get_paths()):
+        entries[_INTERVALS] = Patch(color="black", alpha=0.2, linewidth=0)
+    rows = -(-len(entries) // columns)
+    columns = -(-len(entries) // max(rows, 1))
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns, fontsize=9)
 
 
 def style(line: Line) -> dict[str, Any]:

@@ -124,6 +124,14 @@ def test_a_failure_does_not_stop_the_others(monkeypatch):
     assert len(ended) == 1
 
 
+@pytest.mark.slow
+def test_one_is_tried_small(elsewhere):
+    # The tests of the other experiments have a smoke run each.
+    assert reproduce.main(["noise", "--smoke"]) == 0
+    assert not (elsewhere / "runs").exists()
+    assert not (elsewhere / "results").exists()
+
+
 @pytest.fixture
 def results(tmp_path):
     """A run of one section, and one of two in folders of their own."""
