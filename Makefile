@@ -9,7 +9,7 @@ BIN := .venv/bin
 CORE := activity aggregate collective compiled edge_cases estimator_objects helpers measure pass primitives shard_map
 JAX := $(shell grep '^jax==' requirements.txt)
 
-.PHONY: demo test test-all test-jax coverage lint types bench clean
+.PHONY: demo test test-all test-jax coverage lint types bench results results-smoke results-clean clean
 
 demo: .venv/stamp
 	$(BIN)/python -m experiments demo
@@ -50,6 +50,20 @@ bench: .venv/stamp
 	$(BIN)/python -m benchmarks.weighted --out benchmarks/results/weighted.json
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.tables
+
+# The committed results of the experiments again, or one of them (results-coherence); each goes on where it was stopped.
+results: .venv/stamp
+	$(BIN)/python -m experiments.reproduce
+
+results-%: .venv/stamp
+	$(BIN)/python -m experiments.reproduce $*
+
+results-smoke: .venv/stamp
+	$(BIN)/python -m experiments.reproduce --smoke
+
+# What was measured until now; the next `make results` begins anew.
+results-clean:
+	rm -rf runs/results
 
 # Where there is an NVIDIA GPU, JAX's plugin for it goes in too.
 .venv/stamp: requirements.txt setup.cfg pyproject.toml

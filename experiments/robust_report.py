@@ -232,7 +232,7 @@ def _draw_curves(labels: Mapping[str, str], cells: Mapping[str, pd.DataFrame], p
     for ax, (cell, table) in zip(axes.flat, cells.items(), strict=False):
         for method in [name for name in METHODS if name in set(table["method"])]:
             along, line = curve(table[table["method"] == method], "test"), METHODS[method].line
-            ax.plot(along.epoch, along.mean, label=line.label, color=line.color, linestyle=line.style, linewidth=1.3)
+            ax.plot(along.epoch, along.mean, label=line.label, **figures.style(line))
         ax.set_title(labels[cell], fontsize=10)
         ax.set_xlabel("epoch")
         best = max(curve(table[table["method"] == method], "test").mean.max() for method in table["method"].unique())

@@ -1,4 +1,4 @@
-"""How long trainings took, by method: from timings.jsonl of a run, and kept beside its metrics."""
+"""How long runs took, and trainings by method: from timings.jsonl of a run, and kept beside its metrics."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pandas as pd
 from .devices import writes
 from .run_folder import write_json
 
-_FILE = "seconds.json"
+_FILE, _TOTAL = "seconds.json", "time.json"
+_SPENT = ("training", "measuring", "saving")
 
 
 def keep_seconds(folder: Path) -> None:
@@ -39,3 +40,24 @@ def from_timings(path: Path) -> dict[str, float]:
     whole = steps == steps.groupby(["cell", "method"]).transform("max")
     spent = (runs["training"].agg("last") - runs["training"].agg("first"))[whole]
     return {str(name): round(float(value), 3) for name, value in spent.groupby("method").min().items()}
+
+
+def keep_total(run: Path, kept: Path, whole: float) -> None:
+    """Write time.json into `kept`: the seconds that a run spent, all its parts together, by what for.
+
+    They are those of timings.jsonl, which count what was done before the run was stopped and went on. Of a run without
+    them it is the seconds of the whole command, kept the first time.
+    """
+    total: dict[str, float] = {}
+    for path in sorted(run.rglob("timings.jsonl")):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        for what in _SPENT if lines else ():
+            total[what] = round(total.get(what, 0.0) + json.loads(lines[-1])[what], 1)
+    if total or not (kept / _TOTAL).is_file():
+        write_json(kept / _TOTAL, total or {"whole": round(whole, 1)})
+
+
+def minutes_of(folder: Path) -> float | None:
+    """How long a committed run took; None where that was not kept."""
+    path = folder / _TOTAL
+    return sum(json.loads(path.read_text(encoding="utf-8")).values()) / 60 if path.is_file() else None
