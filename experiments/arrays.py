@@ -69,6 +69,10 @@ class OnDevices:
         for rows in rows_from(self._keys.order, step, len(labels), rows_per_step, self._config.batch_size):
             yield images, labels, devices().spread(rows.reshape(-1, self._config.batch_size), 1)
 
+    def arrays(self, sample: str) -> tuple[jax.Array, jax.Array]:
+        """Images and labels, as trained on, of the whole sample."""
+        return self._there[sample]
+
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
         """Predictions on the whole sample."""
         return Guesses(predict(model, params, self._there[sample][0], self._batch_size(sample)), *self._labels[sample])

@@ -1,0 +1,109 @@
+"""Experiments on the learning of single examples: their numbers against an oracle, and their claims on made-up rows."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import learning, models, noisy_labels
+from experiments.__main__ import main
+from experiments.arrays import InMemory
+from experiments.checks import check
+from experiments.data import Noise
+from experiments.noisy_labels import NoisyLabelsConfig
+from experiments.section import frame
+from experiments.train import Keys
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = NoisyLabelsConfig(data="digits", num_train=60, num_test=30, width=8)
+    data = InMemory(config)
+    model = models.build("mlp", 8, None, 10)
+    examples = data.noisy(Keys.of(0), Noise(0.5))
+    return examples, model, model.init(jax.random.key(1), examples.first)
+
+
+def test_the_numbers_of_every_example_are_those_of_all_gradients_in_float64(small):
+    examples, model, params = small
+    each = learning.per_example(examples, model, params)
+    images, labels = jax.device_get(examples.arrays("train"))
+    loss = models.loss_of(model)
+    gradients = np.stack(
+        [
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.grad(loss)(params, (image, label)))])
+            for image, label in zip(images, labels, strict=True)
+        ]
+    ).astype(np.float64)
+    np.testing.assert_allclose(each.sq_norms, (gradients**2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(each.along, gradients @ gradients.sum(0), rtol=1e-4, atol=1e-4)
+    pristine = ~each.corrupt
+    total, part = gradients.sum(0), gradients[pristine].sum(0)
+    assert learning.part_of(each.along, pristine) == pytest.approx(total @ part / (total @ total), rel=1e-4)
+    assert each.alpha == pytest.approx(total @ total / (60 * (gradients**2).sum()), rel=1e-4)
+    assert 0.3 < each.corrupt.mean() < 0.6
+
+
+def _run(seed, noise, **columns):
+    """Rows at the steps 0, 10, 20, …, of an epoch of 20 steps."""
+    return [
+        {"noise": noise, "seed": seed, "step": 10 * i, "epoch": i / 2, **dict(zip(columns, values, strict=True))}
+        for i, values in enumerate(zip(*columns.values(), strict=True))
+    ]
+
+
+def _noisy_rows(swapped):
+    rows = []
+    for seed in range(5):
+        shift = 0.01 * seed
+        fast, slow = [0.1, 0.6 + shift, 0.95, 1.0, 1.0], [0.1, 0.1, 0.2 + shift, 0.45, 0.6]
+        share, half = [0.55, 0.9 - shift, 0.8, 0.45, 0.3], [0.55] * 5
+        if swapped:
+            fast, slow, share = slow, fast, [0.55, 0.3, 0.2 + shift, 0.1, 0.1]
+        common = {"pristine": half, "share_shuffled": half, "loss": half, "alpha": half, "test": half}
+        corrupt = [1 - value for value in share]
+        rows += _run(seed, 0.5, fitted_pristine=fast, fitted_corrupt=slow, share=share, share_corrupt=corrupt, **common)
+        free = [0.1, 0.65, 1.0, 1.0, 1.0]
+        one, none, nan = [1.0] * 5, [0.0] * 5, [float("nan")] * 5
+        rows += _run(seed, 0.0, fitted_pristine=free, fitted_corrupt=nan, share=one, share_corrupt=none, **common)
+    return frame(rows)
+
+
+def test_noisy_labels_are_judged_in_both_directions():
+    hold = noisy_labels.claims(_noisy_rows(swapped=False), 0.5)
+    assert [each.verdict for each in hold] == ["holds"] * 4
+    assert hold[0].effect == pytest.approx(0.28)  # (0.9 + 0.8) / 2 − 0.02 / 2 − 0.55
+    against = noisy_labels.claims(_noisy_rows(swapped=True), 0.5)
+    assert [each.verdict for each in against] == ["contradicted"] * 3 + ["not measured"]  # 90% are never fitted
+
+
+def test_the_step_at_which_a_level_is_reached_is_interpolated():
+    (run,) = [frame(_run(0, 0.5, share=[0.2, 0.4, 0.8, 0.1]))]
+    assert [learning.reached(run, "share", level) for level in (0.1, 0.3, 0.6)] == [0, 5, 15]
+    assert np.isnan(learning.reached(run, "share", 0.9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noises": (0.5, 1.0)}, "Expected noises to be different, > 0 and < 1"),
+        ({"noises": ()}, "Expected noises to be different"),
+        ({"data": "tfds:mnist"}, "Expected data that fits the memory"),
+        ({"estimator": "batch"}, "Expected a model without BatchNorm and estimator exact"),
+    ],
+)
+def test_wrong_options_of_noisy_labels_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check(NoisyLabelsConfig(**options))
+
+
+def _smoke(name, out, claims, picture):
+    assert main([name, "--smoke", "--out", str(out)]) == 0
+    (section,) = json.loads((out / "summary.json").read_text())["sections"]
+    assert len(section["claims"]) == claims
+    assert (out / "figures" / picture).is_file()
+
+
+def test_noisy_labels_have_a_smoke_test(tmp_path):
+    _smoke("noisy-labels", tmp_path / "run", 4, "noisy_labels.png")
