@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import numpy as np
@@ -37,6 +37,10 @@ class NoisyLabelsConfig(LearningConfig):
     epochs: int = 60
     noises: tuple[float, ...] = (0.25, 0.5)
     """Shares of the training labels that are redrawn; claims are about the largest."""
+
+    def smaller(self) -> Self:
+        """With one noise, measured at few steps."""
+        return dataclasses.replace(self, noises=self.noises[-1:], early=3)
 
     def check(self) -> None:
         """ValueError where options of this experiment are wrong."""
@@ -194,6 +198,7 @@ def _draw(table: pd.DataFrame, noises: tuple[float, ...], path: Path) -> None:
         for ax in (above, below):
             figures.percent_axis(ax)
             figures.epoch_axis(ax, runs["epoch"].to_numpy(float))
+            ax.set_xlim(0, runs["epoch"].max())
     handles, labels = axes[0, 0].get_legend_handles_labels()
     free = axes[1, 0].get_legend_handles_labels()
     figure.legend([*handles, free[0][0]], [*labels, free[1][0]], loc="outside upper center", ncols=4, fontsize=9)
