@@ -102,52 +102,59 @@ def crossing(run: pd.DataFrame) -> float:
     return reached(run, "share_corrupt", 0.5)
 
 
+def _stated(noise: float) -> tuple[Claim, ...]:
+    """What is predicted where so many labels are redrawn."""
+    at = f"With {noise:.0%} of the labels redrawn"
+    return (
+        Claim(
+            f"{at}, pristine examples make up more of the average gradient in the first epoch than their number says.",
+            "share of ‖ḡ‖² of the pristine, less that of as many examples by shuffled tags, mean over the first epoch",
+            "of ‖ḡ‖²",
+            1,
+        ),
+        Claim(
+            f"{at}, it takes more steps to fit half of the corrupt examples, as labelled, than half of the pristine.",
+            "steps until half are fitted, corrupt over pristine",
+            "×",
+            1,
+            "ratio",
+        ),
+        Claim(
+            f"{at}, half of the pristine examples are fitted in less than {NEARLY:g} times the steps that the "
+            "noise-free run takes to fit half of its examples.",
+            f"steps until half are fitted, pristine over {NEARLY:g} times noise-free",
+            "×",
+            -1,
+            "ratio",
+        ),
+        Claim(
+            f"{at}, corrupt examples come to make up more of the average gradient than pristine ones, and that after "
+            "90% of the pristine are fitted.",
+            "step at which the corrupt share of ‖ḡ‖² passes the pristine one, over the step with 90% of the pristine "
+            "fitted",
+            "×",
+            1,
+            "ratio",
+        ),
+    )
+
+
 def claims(table: pd.DataFrame, noise: float) -> tuple[Result, ...]:
     """Four, of the trainings with this noise beside those without."""
     noisy, clean = table[table["noise"] == noise], table[table["noise"] == 0]
-    at = f"With {noise:.0%} of the labels redrawn"
 
-    def steps(run: pd.DataFrame, column: str = "fitted_pristine", level: float = _HALF) -> float:
-        return reached(run, column, level)
+    def steps(runs: pd.DataFrame, kind: str = "pristine", level: float = _HALF) -> pd.Series:
+        return by_run(runs, functools.partial(reached, column=f"fitted_{kind}", level=level))
 
-    stronger = Claim(
-        f"{at}, pristine examples make up more of the average gradient in the first epoch than their number says.",
-        "share of ‖ḡ‖² of the pristine, less that of as many examples by shuffled tags, mean over the first epoch",
-        "of ‖ḡ‖²",
-        1,
-    )
-    later = Claim(
-        f"{at}, it takes more steps to fit half of the corrupt examples, as labelled, than half of the pristine.",
-        "steps until half are fitted, corrupt over pristine",
-        "×",
-        1,
-        "ratio",
-    )
-    nearly = Claim(
-        f"{at}, half of the pristine examples are fitted in less than {NEARLY:g} times the steps that the noise-free "
-        "run takes to fit half of its examples.",
-        f"steps until half are fitted, pristine over {NEARLY:g} times noise-free",
-        "×",
-        -1,
-        "ratio",
-    )
-    crossed = Claim(
-        f"{at}, corrupt examples come to make up more of the average gradient than pristine ones, and that after 90% "
-        "of the pristine are fitted.",
-        "step at which the corrupt share of ‖ḡ‖² passes the pristine one, over the step with 90% of the pristine "
-        "fitted",
-        "×",
-        1,
-        "ratio",
-    )
-    fitted, free = by_run(noisy, steps), by_run(clean, steps)
+    def early(column: str) -> pd.Series:
+        return by_run(noisy, functools.partial(_early, column=column))
+
+    stronger, later, nearly, crossed = _stated(noise)
     return (
-        stronger.compared(
-            by_run(noisy, lambda run: _early(run, "share")), by_run(noisy, lambda run: _early(run, "share_shuffled"))
-        ),
-        later.compared(by_run(noisy, lambda run: steps(run, "fitted_corrupt")), fitted),
-        nearly.compared(fitted, NEARLY * free),
-        crossed.compared(by_run(noisy, crossing), by_run(noisy, lambda run: steps(run, level=_MOST))),
+        stronger.compared(early("share"), early("share_shuffled")),
+        later.compared(steps(noisy, "corrupt"), steps(noisy)),
+        nearly.compared(steps(noisy), NEARLY * steps(clean)),
+        crossed.compared(by_run(noisy, crossing), steps(noisy, level=_MOST)),
     )
 
 
