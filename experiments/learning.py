@@ -118,13 +118,19 @@ def accuracy(examples: Examples, model: nn.Module, params: Any, sample: str = "t
 
 
 def rounded(row: Row) -> Row:
-    """The same with five digits of each real number."""
-    return {name: float(f"{each:.{_DIGITS}g}") if isinstance(each, float) else each for name, each in row.items()}
+    """The same with five digits of each real number, in rows inside it too."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return rounded(value)
+        return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+    return {name: short(value) for name, value in row.items()}
 
 
 def reached(run: pd.DataFrame, column: str, level: float) -> float:
     """The step at which a column of one training first reaches `level` from below, interpolated; NaN if it does not."""
-    steps, values = run["step"].to_numpy(float), run[column].to_numpy(float)
+    steps, values = (run[name].to_numpy(float) for name in ("step", column))
     above = np.flatnonzero(values >= level)
     if not above.size:
         return float("nan")
@@ -132,6 +138,11 @@ def reached(run: pd.DataFrame, column: str, level: float) -> float:
     if i == 0:
         return float(steps[0])
     return float(np.interp(level, values[i - 1 : i + 1], steps[i - 1 : i + 1]))
+
+
+def crossing(run: pd.DataFrame, corrupt: str) -> float:
+    """The step, from the end of the first epoch on, at which the corrupt examples' share first reaches one half."""
+    return reached(run[run["epoch"] >= 1], corrupt, 0.5)
 
 
 def by_run(table: pd.DataFrame, number: Callable[[pd.DataFrame], float]) -> pd.Series:

@@ -14,7 +14,7 @@ from .claims import Claim, Result, with_spread
 from .configs import Hidden
 from .examples import Examples
 from .experiment import Experiment
-from .learning import LearningConfig, accuracy, by_run, part_of, per_example, reached, rounded, share_of
+from .learning import LearningConfig, accuracy, by_run, crossing, part_of, per_example, reached, rounded, share_of
 from .line import Line
 from .run_folder import RunFolder
 from .section import Figure, Row, Section, Table, curve, frame
@@ -97,9 +97,8 @@ def _early(run: pd.DataFrame, column: str) -> float:
     return float(run[column][(run["epoch"] > 0) & (run["epoch"] <= 1)].mean())
 
 
-def crossing(run: pd.DataFrame) -> float:
-    """The step at which the corrupt examples' share of ‖ḡ‖² first reaches that of the pristine."""
-    return reached(run, "share_corrupt", 0.5)
+def _crossing(run: pd.DataFrame) -> float:
+    return crossing(run, "share_corrupt")
 
 
 def _stated(noise: float) -> tuple[Claim, ...]:
@@ -130,8 +129,8 @@ def _stated(noise: float) -> tuple[Claim, ...]:
         Claim(
             f"{at}, corrupt examples come to make up more of the average gradient than pristine ones, and that after "
             "90% of the pristine are fitted.",
-            "step at which the corrupt share of ‖ḡ‖² passes the pristine one, over the step with 90% of the pristine "
-            "fitted",
+            "step, after the first epoch, at which the corrupt share of ‖ḡ‖² passes the pristine one, over the step "
+            "with 90% of the pristine fitted",
             "×",
             1,
             "ratio",
@@ -154,7 +153,7 @@ def claims(table: pd.DataFrame, noise: float) -> tuple[Result, ...]:
         stronger.compared(early("share"), early("share_shuffled")),
         later.compared(steps(noisy, "corrupt"), steps(noisy)),
         nearly.compared(steps(noisy), NEARLY * steps(clean)),
-        crossed.compared(by_run(noisy, crossing), steps(noisy, level=_MOST)),
+        crossed.compared(by_run(noisy, _crossing), steps(noisy, level=_MOST)),
     )
 
 
@@ -167,7 +166,7 @@ def _table(table: pd.DataFrame) -> Table:
             for kind in ("pristine", "corrupt")
             for level in (_HALF, _MOST)
         ]
-        steps.append(by_run(runs, crossing))
+        steps.append(by_run(runs, _crossing))
         early = by_run(runs, lambda run: _early(run, "share"))
         cells = ("–" if each.isna().any() else with_spread(each, "{:.0f}") for each in steps)
         lines.append((f"{noise:.0%}", *cells, f"{runs['pristine'].mean():.2f}", with_spread(early, "{:.2f}")))

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import learning, models, noisy_labels
+from experiments import early_stopping, learning, models, noisy_labels
 from experiments.__main__ import main
 from experiments.arrays import InMemory
 from experiments.checks import check
 from experiments.data import Noise
+from experiments.early_stopping import EarlyStoppingConfig
 from experiments.noisy_labels import NoisyLabelsConfig
 from experiments.section import frame
 from experiments.train import Keys
@@ -98,6 +99,56 @@ def test_wrong_options_of_noisy_labels_are_refused(options, message):
         check(NoisyLabelsConfig(**options))
 
 
+def _stopping_rows(late_peak):
+    """Runs whose test accuracy peaks at step 10 or at the last; the crossing lies between the steps 20 and 30."""
+    rows = []
+    for seed in range(5):
+        shift = 0.002 * seed
+        test = [0.1, 0.8 + shift, 0.75, 0.7, 0.6]
+        effective, alpha, unfitted = [900, 800 + seed, 500, 100, 50], [0.1, 0.2, 0.1, 0.02, 0.01 + shift], 0.9 - shift
+        if late_peak:
+            test, unfitted = [0.1, 0.2, 0.3, 0.4, 0.9], 0.2 + shift
+        for i, line in enumerate(_run(seed, 0.5, test=test, effective_S=effective, alpha=alpha)):
+            corrupt, few = (0.1, 0.1, 0.4, 0.6 + shift, 0.9)[i], (0.9, 0.6, 0.4, 0.1, 0.05)[i]
+            line["Q"] = _groups(1 - corrupt, 0.0, corrupt, 0.0)
+            line["S"] = _groups(0.0, 0.0, unfitted, 1 - unfitted)
+            line["count"] = _groups(0.0, 0.5, few / 2, 0.5 - few / 2) if i < 3 else _groups(0.0, 0.5, few, 0.5 - few)
+            rows.append(line | {"effective_Q": 5.0, "loss": 1.0})
+    return rows
+
+
+def _groups(*shares):
+    return dict(zip(early_stopping._GROUPS, shares, strict=True))
+
+
+def test_early_stopping_is_judged_in_both_directions():
+    hold = early_stopping.claims(early_stopping.with_sums(frame(_stopping_rows(late_peak=False))))
+    assert [each.verdict for each in hold] == ["holds"] * 4
+    assert hold[0].effect == pytest.approx(10 / 24.9, rel=0.01)
+    assert hold[2].effect == pytest.approx(0.9 - 0.004 - 0.5)
+    against = early_stopping.claims(early_stopping.with_sums(frame(_stopping_rows(late_peak=True))))
+    assert [each.verdict for each in against] == ["contradicted", "not shown", "contradicted", "not shown"]
+
+
+def test_sums_of_groups_are_of_labels_and_of_the_unfitted():
+    rows = [{"seed": 0, "step": 0, "S": _groups(0.1, 0.2, 0.3, 0.4)}]
+    rows[0] |= {"Q": _groups(0.4, 0.3, 0.2, 0.1), "count": _groups(0.1, 0.4, 0.2, 0.3)}
+    (line,) = early_stopping.with_sums(frame(rows)).to_dict("records")
+    wanted = {"S/pristine": 0.3, "S/corrupt": 0.7, "S/unfitted": 0.4, "Q/corrupt": 0.3, "Q/unfitted": 0.6}
+    wanted |= {"fitted_pristine": 0.8, "fitted_corrupt": 0.6}
+    assert {name: line[name] for name in wanted} == pytest.approx(wanted)
+
+
+def test_a_wrong_noise_of_early_stopping_is_refused():
+    with pytest.raises(ValueError, match="Expected 0 < noise < 1, got noise=0"):
+        check(EarlyStoppingConfig(noise=0.0))
+
+
+def test_the_effective_number_of_examples():
+    assert learning.effective_number(np.ones(7)) == pytest.approx(7)
+    assert learning.effective_number(np.array([0.0, 3.0, 0.0])) == pytest.approx(1)
+
+
 def _smoke(name, out, claims, picture):
     assert main([name, "--smoke", "--out", str(out)]) == 0
     (section,) = json.loads((out / "summary.json").read_text())["sections"]
@@ -107,3 +158,7 @@ def _smoke(name, out, claims, picture):
 
 def test_noisy_labels_have_a_smoke_test(tmp_path):
     _smoke("noisy-labels", tmp_path / "run", 4, "noisy_labels.png")
+
+
+def test_early_stopping_has_a_smoke_test(tmp_path):
+    _smoke("early-stopping", tmp_path / "run", 4, "early_stopping.png")
