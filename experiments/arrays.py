@@ -33,6 +33,8 @@ class InMemory:
         """Copies on all devices."""
         loaded = self._data
         images, true = loaded.train_images, loaded.train_labels
+        if noise.rows is not None:
+            images, true = images[list(noise.rows)], true[list(noise.rows)]
         if noise.rare < 1:
             rows = data.without_most_of(jax.random.fold_in(keys.noise, _RARE), true, noise.rare)
             images, true = images[rows], true[rows]

@@ -255,7 +255,7 @@ def _draw(table: pd.DataFrame, path: Path) -> None:
         else:
             figures.percent_axis(ax)
             ax.set_ylim(*((-0.6, 1.6) if kind == "cut" else (0, 1.02)))
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
+        figures.legend_above(ax)
     figures.save(figure, path)
 
 

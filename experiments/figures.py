@@ -40,6 +40,11 @@ def legend(figure: Any, ax: Any) -> None:
     figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=9)
 
 
+def legend_above(ax: Any) -> None:
+    """A legend of one panel's own lines above it; two in a row."""
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
+
+
 def _style(line: Line) -> dict[str, Any]:
     return {"color": line.color, "linestyle": line.style, "marker": ".", "markersize": 3, "linewidth": 1.3}
 

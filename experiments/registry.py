@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, early_stopping, imagenet, noise, noisy_labels, robust
+from . import coherence, demo, early_stopping, easy_hard, imagenet, noise, noisy_labels, robust
 from .experiment import AnyExperiment
 
 
@@ -21,4 +21,5 @@ EXPERIMENTS = by_name(
     robust.EXPERIMENT,
     noisy_labels.EXPERIMENT,
     early_stopping.EXPERIMENT,
+    easy_hard.EXPERIMENT,
 )

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import early_stopping, learning, models, noisy_labels
+from experiments import early_stopping, easy_hard, halves, learning, models, noisy_labels
 from experiments.__main__ import main
 from experiments.arrays import InMemory
 from experiments.checks import check
 from experiments.data import Noise
 from experiments.early_stopping import EarlyStoppingConfig
+from experiments.easy_hard import EasyHardConfig
 from experiments.noisy_labels import NoisyLabelsConfig
 from experiments.section import frame
 from experiments.train import Keys
@@ -149,6 +150,91 @@ def test_the_effective_number_of_examples():
     assert learning.effective_number(np.array([0.0, 3.0, 0.0])) == pytest.approx(1)
 
 
+LEARNT = np.array(
+    [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0, 1],
+        [1, 1, 1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0, 1],
+    ],
+    bool,
+)
+
+
+def test_ranks_of_first_learnt_steps_survive_a_row():
+    rows = [halves.as_row(learnt) | {"seed": 3, "step": i} for i, learnt in enumerate(LEARNT)]
+    ranks = halves.learnt_ranks([*rows[::-1], {"seed": 3, "step": 0}])  # rows of other trainings say nothing
+    # First for two measured steps at the steps 3 1 1 2 3 2 3, never, and the last.
+    np.testing.assert_array_equal(ranks[3], [6, 1.5, 1.5, 3.5, 6, 3.5, 6, 9, 8])
+
+
+def test_halves_are_of_every_class_and_equally_many():
+    rng = np.random.default_rng(0)
+    ranks, labels = rng.permutation(101).astype(float), rng.integers(0, 3, 101)
+    parts = halves.split(ranks, labels)
+    for label in range(3):
+        early, late = ([i for i in parts[half] if labels[i] == label] for half in ("early", "late"))
+        assert len(early) == len(late) == (labels == label).sum() // 2
+        assert max(ranks[early]) < min(ranks[late])
+
+
+def test_the_correlation_of_a_seed_is_its_mean_with_the_others():
+    ranks = halves.correlations(frame([{"step": 0, "a": i, "b": i, "c": -i} for i in range(5)])[["a", "b", "c"]])
+    assert ranks.to_dict() == pytest.approx({"a": 0, "b": 0, "c": -1})
+
+
+def test_only_the_rows_that_are_asked_for_are_trained_on():
+    data = InMemory(EasyHardConfig(data="digits", num_train=100, num_test=30))
+    keys, rows = Keys.of(0), tuple(range(0, 100, 2))
+    everything, some = data.noisy(keys, Noise()), data.noisy(keys, Noise(rows=rows, validation=0.2))
+    assert (some.num_train, len(some.arrays("valid")[1])) == (40, 10)
+    kept = np.concatenate([some.arrays(sample)[1] for sample in ("train", "valid")])
+    np.testing.assert_array_equal(np.sort(kept), np.sort(everything.arrays("train")[1][::2]))
+
+
+def _easy_rows(swapped):
+    """α of the easy half is about twice that of the hard one at every loss."""
+    rows = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        for i, loss in enumerate((2.3, 1.2, 0.6, 0.3, 0.12, 0.04)):
+            at = {"seed": seed, "step": i, "epoch": i / 2, "test": 0.5}
+            alpha = {"early": 0.2 + 0.01 * seed, "late": 0.1}
+            valid = {"early": 0.99 - 0.01 * seed, "late": 0.8}
+            if swapped:
+                alpha, valid = ({"early": each["late"], "late": each["early"]} for each in (alpha, valid))
+            learnt = np.arange(40) < 8 * i
+            learnt = learnt[::-1] if swapped and seed else rng.permuted(learnt) if swapped else learnt
+            rows.append(at | {"arm": "all", "train": 0.5} | halves.as_row(learnt))
+            own = {half: {"alpha": alpha[half], "loss": loss, "train": 0.5} for half in alpha}
+            rows.append(at | {"arm": "halves"} | own)
+            rows += [at | {"arm": half} | own[half] | {"train": 1.0, "valid": valid[half]} for half in own]
+    return rows
+
+
+def test_easy_and_hard_examples_are_judged_in_both_directions():
+    def judged(rows):
+        return easy_hard.claims(frame(rows), halves.learnt_ranks(rows))
+
+    hold = judged(_easy_rows(swapped=False))
+    assert [each.verdict for each in hold] == ["holds"] * 4
+    assert hold[1].effect == pytest.approx((2.0 * 2.1 * 2.2) ** (1 / 3), rel=1e-4)
+    against = judged(_easy_rows(swapped=True))
+    assert [each.verdict for each in against[1:]] == ["contradicted"] * 3
+    assert against[0].verdict == "not shown"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seeds": 1}, "Expected seeds >= 2, as the other"), ({"validation": 0.0}, "Expected 0 < validation < 1")],
+)
+def test_wrong_options_of_easy_hard_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check(EasyHardConfig(**options))
+
+
 def _smoke(name, out, claims, picture):
     assert main([name, "--smoke", "--out", str(out)]) == 0
     (section,) = json.loads((out / "summary.json").read_text())["sections"]
@@ -162,3 +248,7 @@ def test_noisy_labels_have_a_smoke_test(tmp_path):
 
 def test_early_stopping_has_a_smoke_test(tmp_path):
     _smoke("early-stopping", tmp_path / "run", 4, "early_stopping.png")
+
+
+def test_easy_hard_has_a_smoke_test(tmp_path):
+    _smoke("easy-hard", tmp_path / "run", 4, "easy_hard.png")
