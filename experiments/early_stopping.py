@@ -44,7 +44,8 @@ _FITTED = 0.9
 class EarlyStoppingConfig(LearningConfig):
     """Whose gradients training follows before and after the epoch at which it had better stop.
 
-    `early-stopping`: mnist5k with half of the labels redrawn, MLP 784-256-256-10, until test accuracy has long fallen.
+    `early-stopping`: mnist5k with half of the labels redrawn, MLP 784-256-256-10, until test accuracy has long fallen;
+    about 2 minutes on one CPU core for five seeds.
     """
 
     name: Hidden = "early-stopping"
