@@ -29,8 +29,8 @@ _HALF, _MOST = 0.5, 0.9
 class NoisyLabelsConfig(LearningConfig):
     """How fast pristine and corrupt examples are learnt, and which of them make up the average gradient.
 
-    `noisy-labels`: mnist5k without noise and with 25% and 50% of the labels redrawn, MLP 784-256-256-10; about 4 minutes
-    on one CPU core for five seeds.
+    `noisy-labels`: mnist5k without noise and with 25% and 50% of the labels redrawn, MLP 784-256-256-10; about
+    4 minutes on one CPU core for five seeds.
     """
 
     name: Hidden = "noisy-labels"
