@@ -40,6 +40,8 @@ class InMemory:
         loaded = self._data
         shared, test_images = self._images
         images, true = loaded.train_images, loaded.train_labels
+        if noise.rows is not None:
+            images, true = images[list(noise.rows)], true[list(noise.rows)]
         if noise.rare < 1:
             rows = data.without_most_of(jax.random.fold_in(keys.noise, _RARE), true, noise.rare)
             images, true = images[rows], true[rows]
@@ -83,6 +85,10 @@ class OnDevices:
         """All images and labels, and the rows [groups, B] of each step from `step` on."""
         for rows in self.rows(step, rows_per_step):
             yield *self.there, devices().spread(rows, 1)
+
+    def arrays(self, sample: str) -> tuple[jax.Array, jax.Array]:
+        """Images and labels, as trained on, of the whole sample."""
+        return self._there[sample]
 
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
         """Predictions on the whole sample."""

@@ -54,7 +54,7 @@ def load(
 class Noise(NamedTuple):
     """What is done to a data set before it is trained on, in the way of one seed.
 
-    First examples of a class go (rare), then labels change, then examples are held out.
+    First examples go (rows, or rare), then labels change, then examples are held out.
     """
 
     train: float = 0.0  # share of the training labels that are changed
@@ -62,6 +62,7 @@ class Noise(NamedTuple):
     kind: Literal["uniform", "class"] = "uniform"  # to a class drawn uniformly; or, of each class, to one other
     rare: float = 1.0  # share of the training examples of RARE_CLASS that are kept
     validation: float = 0.0  # share of the training examples that are held out, labels and all
+    rows: tuple[int, ...] | None = None  # the training examples that are kept; None: all
 
 
 # The class that `rare` cuts.

@@ -55,6 +55,11 @@ def legend(figure: Any, *axes: Any, columns: int = 6) -> None:
     figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns, fontsize=9)
 
 
+def legend_above(ax: Any) -> None:
+    """A legend of one panel's own lines above it; two in a row."""
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
+
+
 def style(line: Line) -> dict[str, Any]:
     """How `plot` draws a line: its markers are a part of the picture's width apart, however many points there are."""
     look = {"color": line.color, "linestyle": line.style, "marker": line.shape}

@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, noise, robust
+from . import coherence, demo, early_stopping, easy_hard, imagenet, noise, noisy_labels, robust
 from .experiment import AnyExperiment
 
 
@@ -19,4 +19,7 @@ EXPERIMENTS = by_name(
     imagenet.COHERENCE,
     imagenet.NOISE,
     robust.EXPERIMENT,
+    noisy_labels.EXPERIMENT,
+    early_stopping.EXPERIMENT,
+    easy_hard.EXPERIMENT,
 )
