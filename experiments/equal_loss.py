@@ -1,0 +1,67 @@
+"""What several experiments measure of a training, and its values where the training loss is the same."""
+
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+import pandas as pd
+
+from .claims import interval
+from .examples import Examples
+from .section import Curve, Row
+
+
+def measured(examples: Examples, model: nn.Module, params: Any) -> Row:
+    """Coherence of the training sample, and loss and accuracy on both samples, each to six digits."""
+    coherence, seen = examples.measure("train", model, params)
+    held_out, unseen = examples.measure("test", model, params)
+    row = {
+        "r": coherence.m_coherence,
+        "alpha": coherence.alpha,
+        "loss": coherence.loss,
+        "accuracy": (seen.guess == seen.labels).mean(),
+        "test_loss": held_out.loss,
+        "test_accuracy": (unseen.guess == unseen.labels).mean(),
+    }
+    return {name: float(f"{value:.6g}") for name, value in row.items()}
+
+
+def shown(row: Row) -> dict[str, str]:
+    """What the progress bar says of what was measured."""
+    return {"loss": f"{row['loss']:.3f}", "r": f"{row['r']:.1f}"}
+
+
+def with_gaps(table: pd.DataFrame) -> pd.DataFrame:
+    """The same with the generalisation gaps in accuracy, training less test, and in loss, test less training."""
+    gaps = {"gap": table["accuracy"] - table["test_accuracy"], "loss_gap": table["test_loss"] - table["loss"]}
+    return table.assign(**gaps)
+
+
+def at_loss(run: pd.DataFrame, column: str, loss: float, *, log: bool = False) -> float:
+    """A column when the training loss first falls through `loss`; NaN if it does not.
+
+    Interpolated between measurements, or its logarithm is.
+    """
+    values = run[column].to_numpy(float)
+    with np.errstate(all="ignore"):
+        values = np.log(values) if log else values
+    for i, (before, after) in enumerate(itertools.pairwise(run["loss"].to_numpy(float))):
+        if after <= loss <= before and after < before:
+            value = values[i] + (before - loss) / (before - after) * (values[i + 1] - values[i])
+            return float(np.exp(value) if log else value)
+    return float("nan")
+
+
+def by_seed_at(table: pd.DataFrame, column: str, loss: float, *, log: bool = False) -> pd.Series:
+    """The same for the run of each seed, indexed by it."""
+    runs = table.groupby("seed") if len(table) else ()
+    return pd.Series({seed: at_loss(run, column, loss, log=log) for seed, run in runs}, dtype=float)
+
+
+def curve_of(values: pd.DataFrame, *, log: bool = False) -> Curve:
+    """Means with intervals of values [x, seed], along the x that every seed has; geometric ones with `log`."""
+    values = values.dropna()
+    each = values.to_numpy(float).T
+    ends = interval(np.log(each) if log else each)
+    return Curve(values.index.to_numpy(float), *(np.exp(end) if log else end for end in ends))
