@@ -8,23 +8,34 @@ import numpy as np
 import pandas as pd
 
 from .claims import interval
-from .examples import Examples
+from .examples import Examples, Guesses
 from .section import Curve, Row
 
 
-def measured(examples: Examples, model: nn.Module, params: Any) -> Row:
-    """Coherence of the training sample, and loss and accuracy on both samples, each to six digits."""
+def trained(examples: Examples, model: nn.Module, params: Any) -> Row:
+    """Coherence, loss and accuracy of the training sample, and the accuracy on the test sample, each to six digits."""
     coherence, seen = examples.measure("train", model, params)
-    held_out, unseen = examples.measure("test", model, params)
-    row = {
-        "r": coherence.m_coherence,
-        "alpha": coherence.alpha,
-        "loss": coherence.loss,
-        "accuracy": (seen.guess == seen.labels).mean(),
-        "test_loss": held_out.loss,
-        "test_accuracy": (unseen.guess == unseen.labels).mean(),
-    }
-    return {name: float(f"{value:.6g}") for name, value in row.items()}
+    return _rounded(
+        r=coherence.m_coherence,
+        alpha=coherence.alpha,
+        loss=coherence.loss,
+        accuracy=_accuracy(seen),
+        test_accuracy=_accuracy(examples.guess("test", model, params)),
+    )
+
+
+def measured(examples: Examples, model: nn.Module, params: Any) -> Row:
+    """The same and the loss on the test sample."""
+    held_out, _ = examples.measure("test", model, params)
+    return trained(examples, model, params) | _rounded(test_loss=held_out.loss)
+
+
+def _accuracy(seen: Guesses) -> float:
+    return float((seen.guess == seen.labels).mean())
+
+
+def _rounded(**values: Any) -> Row:
+    return {name: float(f"{value:.6g}") for name, value in values.items()}
 
 
 def shown(row: Row) -> dict[str, str]:
@@ -34,7 +45,9 @@ def shown(row: Row) -> dict[str, str]:
 
 def with_gaps(table: pd.DataFrame) -> pd.DataFrame:
     """The same with the generalisation gaps in accuracy, training less test, and in loss, test less training."""
-    gaps = {"gap": table["accuracy"] - table["test_accuracy"], "loss_gap": table["test_loss"] - table["loss"]}
+    gaps = {"gap": table["accuracy"] - table["test_accuracy"]}
+    if "test_loss" in table:
+        gaps["loss_gap"] = table["test_loss"] - table["loss"]
     return table.assign(**gaps)
 
 

@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, noise, robust, width_depth
+from . import coherence, demo, imagenet, linear_to_deep, noise, robust, width_depth
 from .experiment import AnyExperiment
 
 
@@ -20,4 +20,5 @@ EXPERIMENTS = by_name(
     imagenet.NOISE,
     robust.EXPERIMENT,
     width_depth.EXPERIMENT,
+    linear_to_deep.EXPERIMENT,
 )

@@ -42,17 +42,16 @@ class WidthDepthConfig(Config):
     """Hidden layers of deep linear networks, 0 for logistic regression; the fewest are compared with the most."""
     random_widths: tuple[int, ...] = (32, 512)
     """Of these widths random labels are learnt as well."""
-    epochs: int = 40
+    epochs: int = 24
     """Passes over the training set."""
     epochs_wide: int = 8
     """Passes of networks of 1024 units or more."""
     epochs_random: int = 100
     """Passes over random labels."""
     every: int = 2
-    """Measure every so many epochs, and at the start and the end; of wide networks every one, of random labels every
-    fifth."""
+    """Measure every so many epochs, and at the start and the end; of random labels every fifth."""
     early: int = 6
-    """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
+    """Measure so many times in the first epoch too, on a logarithmic grid of steps; of wide networks two fewer."""
     seeds: int = 5
     """Runs with different initialisation and order; figures show their mean and its 95% interval."""
 
@@ -105,7 +104,8 @@ def _changes(config: WidthDepthConfig, cell: Cell) -> dict[str, Any]:
     changes: dict[str, Any] = {"model": cell.model, "width": cell.width, "depth": cell.depth}
     if cell.labels == "random":
         return changes | {"epochs": config.epochs_random, "every": min(5, config.epochs_random)}
-    return changes | ({"epochs": config.epochs_wide, "every": 1} if cell.width >= _WIDE else {})
+    wide = {"epochs": config.epochs_wide, "early": max(config.early - 2, 0)}
+    return changes | (wide if cell.width >= _WIDE else {})
 
 
 def measure(config: WidthDepthConfig, problem: loop.Problem, folder: RunFolder) -> None:
