@@ -20,7 +20,7 @@ from .run_folder import RunFolder
 from .section import Figure, Row, Section, Table, curve, frame
 
 KINDS = ("linear", "logistic", "deep_linear", "mlp", "cnn")
-# So often a training is measured, about.
+# So often a training is measured, about; of the CNN half as often.
 _MEASURED = 20
 
 
@@ -51,6 +51,10 @@ class LinearToDeepConfig(Config):
     """Steps with real labels, of either kind."""
     steps_random: int = 1200
     """Steps with random labels."""
+    steps_cnn: int = 100
+    """Steps of the CNN with real labels, which take longer."""
+    steps_random_cnn: int = 240
+    """Steps of the CNN with random labels."""
     early: int = 4
     """Measure so many times in the first epoch of mini-batches too, on a logarithmic grid of steps."""
     seeds: int = 5
@@ -67,7 +71,7 @@ class LinearToDeepConfig(Config):
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             raise ValueError(f"Expected kinds among {KINDS}, got kinds={self.kinds}.")
-        for name in ("steps", "steps_random", "seeds_cnn", "width_cnn"):
+        for name in ("steps", "steps_random", "steps_cnn", "steps_random_cnn", "seeds_cnn", "width_cnn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} >= 1, got {name}={getattr(self, name)}.")
         if not 0 < self.linear_rate < math.inf:
@@ -88,7 +92,8 @@ def _changes(config: LinearToDeepConfig, kind: str, labels: str, batches: str, n
     """Options of one training: of the full batch an epoch is one step."""
     sizes = {"mlp": (config.width, config.depth), "deep_linear": (config.width, config.depth)}
     width, depth = sizes.get(kind, (config.width_cnn if kind == "cnn" else None, None))
-    steps = config.steps if labels == "real" else config.steps_random
+    all_steps = {"real": (config.steps, config.steps_cnn), "random": (config.steps_random, config.steps_random_cnn)}
+    steps = all_steps[labels][kind == "cnn"]
     epochs = steps if batches == "full" else math.ceil(steps * config.batch_size / num_train)
     return {
         "model": kind,
@@ -97,7 +102,7 @@ def _changes(config: LinearToDeepConfig, kind: str, labels: str, batches: str, n
         "learning_rate": config.linear_rate if kind == "linear" else config.learning_rate,
         "batch_size": num_train // EPOCH_UNIT if batches == "full" else config.batch_size,
         "epochs": epochs,
-        "every": math.ceil(epochs / _MEASURED),
+        "every": math.ceil(epochs / (_MEASURED // 2 if kind == "cnn" else _MEASURED)),
     }
 
 
