@@ -168,11 +168,13 @@ def _draw(kinds: Sequence[str], table: pd.DataFrame, path: Path) -> None:
             figures.against(below, loss, gap, line)
         figures.coherence_axis(above, "training sample", means)
         figures.percent_axis(below)
-        below.set_ylabel("gap in accuracy (training − test)")
+        above.set_ylabel("")
         for ax in (above, below):
             ax.invert_xaxis()
             ax.set_xlabel(f"training loss [{'squared error' if kind == 'linear' else 'nats'}]")
         above.set_title(MODELS[kind].line.label, fontsize=10)
+    axes[0, 0].set_ylabel("m-coherence r,\ntraining sample [examples]")
+    axes[1, 0].set_ylabel("gap in accuracy\n(training − test)")
     figures.legend(figure, axes[0, 0])
     figures.save(figure, path)
 

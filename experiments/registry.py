@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, linear_to_deep, noise, robust, width_depth
+from . import adversarial_init, coherence, demo, imagenet, linear_to_deep, noise, robust, width_depth
 from .experiment import AnyExperiment
 
 
@@ -21,4 +21,5 @@ EXPERIMENTS = by_name(
     robust.EXPERIMENT,
     width_depth.EXPERIMENT,
     linear_to_deep.EXPERIMENT,
+    adversarial_init.EXPERIMENT,
 )
