@@ -49,7 +49,7 @@ class AdversarialInitConfig(Config):
     """Units of a hidden layer."""
     epochs: int = 60
     """Passes over the training set with real labels."""
-    epochs_random: int = 100
+    epochs_random: int = 80
     """Passes over it with random labels, before."""
     decay: float = 0.005
     """The weight decay of the trainings that have one. In 60 epochs of 80 steps of 0.1 it alone shrinks the weights of
@@ -62,8 +62,8 @@ class AdversarialInitConfig(Config):
     """Runs with different initialisation, order and random labels; figures show their mean and its 95% interval."""
 
     def smaller(self) -> "AdversarialInitConfig":
-        """The same with two epochs of random labels."""
-        return dataclasses.replace(self, epochs_random=2, early=2, every=1)
+        """The same with one hidden layer and two epochs of random labels."""
+        return dataclasses.replace(self, depth=1, epochs_random=2, early=0, every=1)
 
     def check(self) -> None:
         """ValueError where options of this experiment are wrong."""
@@ -171,7 +171,7 @@ def claims(table: pd.DataFrame) -> list[Result]:
         "ratio",
     )
     random, fresh = (100 * at_end(table, start, "none", "test_accuracy") for start in ("random", "fresh"))
-    r = {start: by_seed_at(_of(table, start, "none"), "r", _LOSS, log=True) for start in STARTS}
+    r = {start: by_seed_at(_of(table, start, "none"), "r", [_LOSS], log=True).T[_LOSS] for start in STARTS}
     return [
         hurts.compared(random, fresh, "{:.2f}%"),
         undone.compared(deficit(table, "decay"), deficit(table, "none"), "{:.2f}"),
@@ -185,7 +185,7 @@ def _table(table: pd.DataFrame) -> Table:
     for (start, decay), line in _LINES.items():
         shares = [100 * at_end(table, start, decay, column) for column in ("accuracy", "test_accuracy")]
         others = [at_end(table, start, decay, column) for column in ("loss", "r", "distance", "norm")]
-        coherence = by_seed_at(_of(table, start, decay), "r", _LOSS, log=True)
+        coherence = by_seed_at(_of(table, start, decay), "r", [_LOSS], log=True).T[_LOSS]
         cells = [with_spread(share, "{:.2f}") for share in shares] + [with_spread(value) for value in others]
         lines.append((line.label, *cells, "–" if coherence.isna().any() else with_spread(coherence)))
     heads = ("start", "training accuracy [%]", "test accuracy [%]", "training loss [nats]", "r", "distance", "norm")
@@ -211,7 +211,7 @@ def _draw(table: pd.DataFrame, path: Path) -> None:
         figures.percent_axis(ax)
     for ax in (axes[0, 2], *axes[1, 1:]):
         ax.set_ylim(bottom=0)
-    figures.coherence_axis(axes[1, 0], "training sample", means)
+    figures.coherence_axis(axes[1, 0], "\ntraining sample", means)
     figures.legend(figure, axes[0, 0])
     figures.save(figure, path)
 

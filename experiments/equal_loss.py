@@ -1,6 +1,6 @@
 """What several experiments measure of a training, and its values where the training loss is the same."""
 
-import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -51,25 +51,31 @@ def with_gaps(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**gaps)
 
 
-def at_loss(run: pd.DataFrame, column: str, loss: float, *, log: bool = False) -> float:
-    """A column when the training loss first falls through `loss`; NaN if it does not.
+def at_losses(run: pd.DataFrame, column: str, losses: Sequence[float], *, log: bool = False) -> list[float]:
+    """A column where the training loss first falls through each of `losses`; NaN where it does not.
 
     Interpolated between measurements, or its logarithm is.
     """
-    values = run[column].to_numpy(float)
+    values, falling = run[column].to_numpy(float), run["loss"].to_numpy(float)
     with np.errstate(all="ignore"):
         values = np.log(values) if log else values
-    for i, (before, after) in enumerate(itertools.pairwise(run["loss"].to_numpy(float))):
-        if after <= loss <= before and after < before:
-            value = values[i] + (before - loss) / (before - after) * (values[i + 1] - values[i])
-            return float(np.exp(value) if log else value)
-    return float("nan")
+    found = [_crossing(falling, values, loss) for loss in losses]
+    return np.exp(found).tolist() if log else found
 
 
-def by_seed_at(table: pd.DataFrame, column: str, loss: float, *, log: bool = False) -> pd.Series:
-    """The same for the run of each seed, indexed by it."""
+def _crossing(falling: np.ndarray, values: np.ndarray, loss: float) -> float:
+    before, after = falling[:-1], falling[1:]
+    (through,) = np.nonzero((after <= loss) & (loss <= before) & (after < before))
+    if not through.size:
+        return float("nan")
+    i = through[0]
+    return float(values[i] + (before[i] - loss) / (before[i] - after[i]) * (values[i + 1] - values[i]))
+
+
+def by_seed_at(table: pd.DataFrame, column: str, losses: Sequence[float], *, log: bool = False) -> pd.DataFrame:
+    """The same for the run of each seed, [losses, seed]."""
     runs = table.groupby("seed") if len(table) else ()
-    return pd.Series({seed: at_loss(run, column, loss, log=log) for seed, run in runs}, dtype=float)
+    return pd.DataFrame({seed: at_losses(run, column, losses, log=log) for seed, run in runs}, index=[*losses])
 
 
 def curve_of(values: pd.DataFrame, *, log: bool = False) -> Curve:

@@ -36,32 +36,21 @@ def at_losses(table: pd.DataFrame, kind: str, column: str) -> AtLosses:
     values: AtLosses = {}
     for labels, batches in LINES:
         runs = mine[(mine["labels"] == labels) & (mine["batches"] == batches)]
-        rows = {loss: by_seed_at(runs, column, loss, log=column != "gap") for loss in _LOSSES}
-        values[labels, batches] = pd.DataFrame(rows).T
+        values[labels, batches] = by_seed_at(runs, column, _LOSSES, log=column != "gap")
     reached = np.all([each.notna().all(axis=1) for each in values.values()], axis=0)
     return {key: each[reached] for key, each in values.items()}
 
 
-def ratio_of_r(table: pd.DataFrame, kind: str, batches: str) -> pd.Series:
-    """r of real labels over random ones by seed, the geometric mean over the common losses; NaN if there are none."""
-    return _log_ratio(table, kind, batches).map(np.exp)
+def log_ratio(r: AtLosses, batches: str) -> pd.Series:
+    """Mean log ratio of r, real over random labels, over the common losses, by seed; NaN where there are none."""
+    ratios = np.log(r["real", batches] / r["random", batches])
+    return pd.Series(ratios.mean(), dtype=float)
 
 
-def _log_ratio(table: pd.DataFrame, kind: str, batches: str) -> pd.Series:
-    r = at_losses(table, kind, "r")
-    return np.log(r["real", batches] / r["random", batches]).mean()
-
-
-def difference_of_gaps(table: pd.DataFrame, kind: str, batches: str) -> pd.Series:
-    """The gap of real labels less that of random ones by seed, at the least common loss, in points."""
-    gap = at_losses(table, kind, "gap")
-    difference = 100 * (gap["real", batches] - gap["random", batches])
-    return difference.iloc[-1] if len(difference) else difference.mean()
-
-
-def excess_of_log_ratio(table: pd.DataFrame, kind: str) -> pd.Series:
-    """log of the ratio of r by the full batch less half of that by SGD."""
-    return _log_ratio(table, kind, "full") - _log_ratio(table, kind, "mini") / 2
+def difference(gap: AtLosses, batches: str) -> pd.Series:
+    """The gap of real labels less that of random ones at the least common loss, in points, by seed."""
+    points = 100 * (gap["real", batches] - gap["random", batches])
+    return points.iloc[-1] if len(points) else pd.Series(points.mean(), dtype=float)
 
 
 def _judged(claim: Claim, by_kind: Mapping[str, pd.Series]) -> Result:
@@ -105,9 +94,12 @@ def _claims_of(batches: str) -> tuple[Claim, Claim]:
 
 def claims(kinds: Sequence[str], table: pd.DataFrame) -> list[Result]:
     """What must be so of every model, by the model of which it is least so."""
+    r, gaps = ({kind: at_losses(table, kind, column) for kind in kinds} for column in ("r", "gap"))
+    ratios = {batches: {kind: log_ratio(r[kind], batches) for kind in kinds} for batches in BATCHES}
     out = list[Result]()
     for batches in BATCHES:
-        r, gap = _claims_of(batches)
-        out.append(_judged(r, {kind: ratio_of_r(table, kind, batches) for kind in kinds}))
-        out.append(_judged(gap, {kind: difference_of_gaps(table, kind, batches) for kind in kinds}))
-    return [*out, _judged(_HALF, {kind: excess_of_log_ratio(table, kind) for kind in kinds})]
+        of_r, of_gap = _claims_of(batches)
+        out.append(_judged(of_r, {kind: ratio.map(np.exp) for kind, ratio in ratios[batches].items()}))
+        out.append(_judged(of_gap, {kind: difference(gaps[kind], batches) for kind in kinds}))
+    excess = {kind: ratios["full"][kind] - ratios["mini"][kind] / 2 for kind in kinds}
+    return [*out, _judged(_HALF, excess)]

@@ -44,7 +44,10 @@ def at_sizes(table: pd.DataFrame, sweep: Sweep, column: str, loss: float, labels
     other = "depth" if sweep.size == "width" else "width"
     mine = table[(table["model"] == sweep.model) & (table["labels"] == labels) & (table[other] == sweep.other)]
     log = column == "r"
-    columns = {size: by_seed_at(mine[mine[sweep.size] == size], column, loss, log=log) for size in sorted(sweep.sizes)}
+    columns = {
+        size: by_seed_at(mine[mine[sweep.size] == size], column, [loss], log=log).T[loss]
+        for size in sorted(sweep.sizes)
+    }
     return pd.DataFrame(columns).T
 
 
@@ -162,6 +165,7 @@ def draw_linear(sweeps: Sweeps, table: pd.DataFrame, path: Path) -> None:
         ax.set_xlabel("training loss [nats] (training goes to the right)")
         ax.invert_xaxis()
         ax.legend(fontsize=8, title="linear networks", title_fontsize=8)
+    axes[0, 0].set_ylim(0, 1)
     figures.percent_axis(axes[0, 0])
     axes[0, 0].set_ylabel("share of the strongest direction\nin what was learnt")
     for labels, line in _OF_LABELS.items():

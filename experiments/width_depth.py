@@ -58,7 +58,7 @@ class WidthDepthConfig(Config):
     def smaller(self) -> "WidthDepthConfig":
         """The same with small networks, few of them."""
         sizes = {"widths": (4, 8), "depths": (1, 2), "linear_depths": (0, 1), "random_widths": (4,)}
-        return dataclasses.replace(self, **sizes, epochs_wide=2, epochs_random=2, early=2, every=1)
+        return dataclasses.replace(self, **sizes, depth=1, epochs_wide=2, epochs_random=2, early=2, every=1)
 
     def check(self) -> None:
         """ValueError where options of this experiment are wrong."""
