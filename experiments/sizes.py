@@ -157,14 +157,13 @@ def draw_linear(sweeps: Sweeps, table: pd.DataFrame, path: Path) -> None:
     mine = table[table["model"] == "deep_linear"]
     for depth, (color, style) in zip(sorted(linear.sizes), itertools.cycle(_OF_DEPTHS)):
         rows = mine[mine["depth"] == depth]
-        loss, line = curve(rows, "loss"), Line(f"{depth} hidden", color, style)
+        loss, line = curve(rows, "loss"), Line(f"no ReLU, {depth} hidden layers", color, style)
         learnt = rows[rows["step"] > 0]
         figures.against(axes[0, 0], curve(learnt, "loss"), curve(learnt, "share"), line)
         figures.against(axes[0, 1], loss, curve(rows, "r", log=True), line)
     for ax in axes[0, :2]:
         ax.set_xlabel("training loss [nats] (training goes to the right)")
         ax.invert_xaxis()
-        ax.legend(fontsize=8, title="linear networks", title_fontsize=8)
     axes[0, 0].set_ylim(0, 1)
     figures.percent_axis(axes[0, 0])
     axes[0, 0].set_ylabel("share of the strongest direction\nin what was learnt")
@@ -175,4 +174,5 @@ def draw_linear(sweeps: Sweeps, table: pd.DataFrame, path: Path) -> None:
     axes[0, 2].legend(fontsize=8, title=f"MLP at training loss {RANDOM_LOSS}", title_fontsize=8)
     for ax in axes[0, 1:]:
         _r_axis(ax)
+    figures.legend(figure, axes[0, 0])
     figures.save(figure, path)

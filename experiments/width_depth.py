@@ -40,13 +40,13 @@ class WidthDepthConfig(Config):
     """Hidden layers; the fewest are compared with the most."""
     linear_depths: tuple[int, ...] = (0, 1, 2, 4)
     """Hidden layers of deep linear networks, 0 for logistic regression; the fewest are compared with the most."""
-    random_widths: tuple[int, ...] = (32, 512)
+    random_widths: tuple[int, ...] = (128, 512)
     """Of these widths random labels are learnt as well."""
     epochs: int = 24
     """Passes over the training set."""
     epochs_wide: int = 8
     """Passes of networks of 1024 units or more."""
-    epochs_random: int = 100
+    epochs_random: int = 60
     """Passes over random labels."""
     every: int = 2
     """Measure every so many epochs, and at the start and the end; of random labels every fifth."""
