@@ -89,7 +89,8 @@ class Config(RunConfig):
     read_threads: int = 16
     """Of tfds:NAME: how many images each process reads and decodes at a time."""
     model: ModelName = "mlp"
-    """mlp: dense layers with ReLU. cnn: two convolutions of 5×5, one hidden dense layer. resnet: GroupNorm, 8 or 18
+    """mlp: dense layers with ReLU. deep_linear: dense layers without. logistic and linear: one dense layer, trained by
+    cross-entropy and by squared error. cnn: two convolutions of 5×5, one hidden dense layer. resnet: GroupNorm, 8 or 18
     layers. resnet50: ResNet-50 with BatchNorm. resnet50_gn: the same with GroupNorm. vit_s16: ViT-S/16."""
     width: int | None = None
     """Units of a hidden layer (mlp, 512), channels of the first stage (cnn and resnet, 16; resnet50, 64) or of a

@@ -18,18 +18,21 @@ _DEVIATION = (0.229, 0.224, 0.225)
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU between them."""
+    """Dense layers with ReLU between them, or with nothing between them."""
 
     width: int = 512
     depth: int = 2
     num_classes: int = 10
+    linear: bool = False  # no ReLU: a deep linear network
+    squared: bool = False  # trained by the squared error against the one-hot label, not by the cross-entropy
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images [B, height, width, channels] → logits [B, num_classes]."""
         x = x.reshape(x.shape[0], -1)
         for _ in range(self.depth):
-            x = nn.relu(nn.Dense(self.width)(x))
+            x = nn.Dense(self.width)(x)
+            x = x if self.linear else nn.relu(x)
         return nn.Dense(self.num_classes)(x)
 
 
@@ -105,6 +108,16 @@ def _resnet50(norm: str, depth: int | None = None, **options: Any) -> nn.Module:
 
 MODELS: dict[str, Network] = {
     "mlp": Network(Line("MLP", "tab:blue"), MLP, vmapped=True),
+    "deep_linear": Network(Line("deep linear", "tab:olive", "--"), functools.partial(MLP, linear=True), vmapped=True),
+    "logistic": Network(
+        Line("logistic regression", "tab:pink", ":"), functools.partial(MLP, depth=0), depths=(), vmapped=True
+    ),
+    "linear": Network(
+        Line("linear regression", "tab:gray", "-."),
+        functools.partial(MLP, depth=0, squared=True),
+        depths=(),
+        vmapped=True,
+    ),
     "cnn": Network(Line("CNN", "tab:orange", "--"), CNN, depths=()),
     "resnet": Network(Line("ResNet, GroupNorm", "tab:green", "-."), ResNet, depths=(8, 18)),
     "resnet50": Network(Line("ResNet-50", "tab:red"), functools.partial(_resnet50, "batch"), batch_norm=True),
@@ -136,16 +149,24 @@ def _cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels)
 
 
+def _squared_error(outputs: Any, labels: jax.Array) -> jax.Array:
+    """½ ‖output − one-hot label‖² of each example."""
+    return optax.l2_loss(outputs, jax.nn.one_hot(labels, outputs.shape[-1])).sum(-1)
+
+
 @functools.cache
 def loss_of(model: nn.Module) -> Callable[..., jax.Array]:
-    """loss_fn(params, (image, label), state) → cross-entropy in nats; the same function object for equal models.
+    """loss_fn(params, (image, label), state) → loss; the same function object for equal models.
+
+    The loss is cross-entropy in nats, or ½ ‖output − one-hot label‖² where the model is `squared`.
 
     BatchNorm normalises by its running averages, which are held fixed: they are the state, or among the parameters.
     """
+    loss = _squared_error if getattr(model, "squared", False) else _cross_entropy
 
     def loss_fn(params: Any, example: tuple[jax.Array, jax.Array], state: Any = None) -> jax.Array:
         image, label = example
-        return _cross_entropy(model.apply(_fixed(params | (state or {})), as_input(image[None])), label[None])[0]
+        return loss(model.apply(_fixed(params | (state or {})), as_input(image[None])), label[None])[0]
 
     return loss_fn
 

@@ -1,6 +1,18 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, early_stopping, easy_hard, imagenet, noise, noisy_labels, robust
+from . import (
+    adversarial_init,
+    coherence,
+    demo,
+    early_stopping,
+    easy_hard,
+    imagenet,
+    linear_to_deep,
+    noise,
+    noisy_labels,
+    robust,
+    width_depth,
+)
 from .experiment import AnyExperiment
 
 
@@ -22,4 +34,7 @@ EXPERIMENTS = by_name(
     noisy_labels.EXPERIMENT,
     early_stopping.EXPERIMENT,
     easy_hard.EXPERIMENT,
+    width_depth.EXPERIMENT,
+    linear_to_deep.EXPERIMENT,
+    adversarial_init.EXPERIMENT,
 )
