@@ -84,6 +84,10 @@ class OnDevices:
         for rows in self.rows(step, rows_per_step):
             yield *self.there, devices().spread(rows, 1)
 
+    def arrays(self, sample: str) -> tuple[jax.Array, jax.Array]:
+        """Images and labels, as trained on, of the whole sample."""
+        return self._there[sample]
+
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
         """Predictions on the whole sample."""
         return Guesses(predict(model, params, self._there[sample][0], self._batch_size(sample)), *self._labels[sample])

@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, noise, robust
+from . import bound, coherence, demo, imagenet, noise, robust
 from .experiment import AnyExperiment
 
 
@@ -19,4 +19,5 @@ EXPERIMENTS = by_name(
     imagenet.COHERENCE,
     imagenet.NOISE,
     robust.EXPERIMENT,
+    bound.EXPERIMENT,
 )
