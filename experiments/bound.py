@@ -113,7 +113,7 @@ def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
         }
     images, labels = cast(OnDevices, examples).arrays("train")
     norms = cg.per_example_sq_norms(models.loss_of(model))(params, (images, labels))
-    row["lipschitz"] = _short(np.sqrt(sum(np.asarray(leaf, float) for leaf in jax.tree.leaves(norms)).max()))
+    row["lipschitz"] = _short(np.sqrt(np.sum(jax.tree.leaves(norms), 0, dtype=float).max()))
     row["smoothness"] = _short(_smoothness(model)(params, (images[:EXAMPLES], labels[:EXAMPLES])).max())
     return row
 

@@ -1,5 +1,6 @@
 """Theorem 1 from what was measured: the bound along every run, claims, a table and a figure."""
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,11 +40,13 @@ def log10_bounds(
     the bound leaves the range of float64.
     """
     total, growth, out = -np.inf, np.log1p(rate * smoothness), [-np.inf]
-    constants = {"lipschitz": lipschitz, "smoothness": smoothness, "num_examples": size}
+    of_theorem = functools.partial(
+        cg.generalization_bound, learning_rates=rate, lipschitz=lipschitz, smoothness=smoothness, num_examples=size
+    )
     for i in range(1, len(steps)):
         alpha = np.interp(np.arange(steps[i - 1], steps[i]), steps, np.clip(alphas, 0, 1))
         with np.errstate(divide="ignore"):
-            added = np.log(cg.generalization_bound(alpha, rate, **constants))
+            added = np.log(of_theorem(alpha))
         total = np.logaddexp(total + len(alpha) * growth, added)
         out.append(total)
     return np.array(out) / np.log(10)
@@ -60,8 +63,8 @@ def with_bounds(table: pd.DataFrame, rate: float) -> pd.DataFrame:
         largest = table.groupby(keys)[["lipschitz", "smoothness"]].transform("max")
         for _, run in table.groupby(["size", "seed", "labels"]):
             size, constants = int(run["size"].iloc[0]), largest.loc[run.index[0]].to_dict()
-            values = log10_bounds(run["step"].to_numpy(), run["train/alpha_unbiased"], rate, size=size, **constants)
-            table.loc[run.index, name] = values
+            steps, alphas = run["step"].to_numpy(), run["train/alpha_unbiased"].to_numpy(float)
+            table.loc[run.index, name] = log10_bounds(steps, alphas, rate, size=size, **constants)
     return table
 
 
@@ -81,9 +84,9 @@ def _at_equal_loss(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     random, real = {}, {}
     for seed, runs in table.groupby("seed"):
         one, other = (runs[runs["labels"] == labels] for labels in ("random", "real"))
-        lowest = one["train/loss"].idxmin()
-        random[seed] = one["bound_common"][lowest]
-        real[seed] = _at_loss(other, one["train/loss"][lowest])
+        lowest = int(one["train/loss"].to_numpy(float).argmin())
+        random[seed] = float(one["bound_common"].iloc[lowest])
+        real[seed] = _at_loss(other, float(one["train/loss"].iloc[lowest]))
     return pd.Series(random), pd.Series(real)
 
 
