@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import bound, coherence, demo, imagenet, noise, robust
+from . import bound, coherence, demo, illustration, imagenet, noise, robust
 from .experiment import AnyExperiment
 
 
@@ -20,4 +20,5 @@ EXPERIMENTS = by_name(
     imagenet.NOISE,
     robust.EXPERIMENT,
     bound.EXPERIMENT,
+    illustration.EXPERIMENT,
 )
