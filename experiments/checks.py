@@ -44,7 +44,7 @@ def check(config: SeededConfig) -> None:
     if config.seeds < 1:
         raise ValueError(f"Expected seeds >= 1, got seeds={config.seeds}.")
     if config.seed < 0:
-        raise ValueError(f"Expected seed >= 0, got seed={config.seed}.")
+        raise ValueError(f"Expected seed >= 0 and finite, got seed={config.seed}.")
     if config.seed + config.seeds > _SEEDS:
         raise ValueError(f"Expected seed + seeds <= 2**32, got seed={config.seed} and seeds={config.seeds}.")
     if isinstance(config, Config):

@@ -94,7 +94,7 @@ def test_a_seed_that_is_not_whole_is_left_out(tmp_path):
         ({"corrupt": 0.01}, "Expected corrupt to be an example or more and less than half, got corrupt=0.01"),
         ({"corrupt": 0.5}, "Expected corrupt to be an example or more and less than half, got corrupt=0.5"),
         ({"seeds": 0}, "Expected seeds >= 1, got seeds=0"),
-        ({"seed": -1}, "Expected seed >= 0, got seed=-1"),
+        ({"seed": -1}, "Expected seed >= 0 and finite, got seed=-1"),
     ],
 )
 def test_options_that_do_not_fit(changed, message):
