@@ -107,10 +107,23 @@ _ORDERS = "orders of magnitude"
 def claims(table: pd.DataFrame) -> list[Result]:
     """What Theorem 1 says of data, of m and of the gap."""
     sizes = sorted(table["size"].unique())
-    least, most = sizes[0], sizes[-1]
     common, own, gap = (_last(table, column) for column in ("bound_common", "bound", "gap"))
-    random, real = _at_equal_loss(table[table["size"] == least])
-    by_size = (own[least] - own[most]).min(axis=1), (gap[least] - gap[most]).min(axis=1)
+    at_equal_loss = _at_equal_loss(table[table["size"] == sizes[0]])
+    return [
+        *_of_labels(sizes[0], sizes[-1], common, own, gap, at_equal_loss),
+        *_of_sizes(sizes[0], sizes[-1], own, gap),
+    ]
+
+
+def _of_labels(
+    least: int,
+    most: int,
+    common: pd.DataFrame,
+    own: pd.DataFrame,
+    gap: pd.DataFrame,
+    at_equal_loss: tuple[pd.Series, pd.Series],
+) -> list[Result]:
+    """Random labels against real ones; every table is [seed, (size, labels)] at the last step."""
     return [
         Claim(
             f"At equal step (the last) and equal L and β, the bound of random labels is above that of half random ones,"
@@ -132,7 +145,7 @@ def claims(table: pd.DataFrame) -> list[Result]:
             "log₁₀ of the bound, random less real",
             _ORDERS,
             1,
-        ).compared(random, real),
+        ).compared(*at_equal_loss),
         Claim(
             f"The measured gap has the order of the bound at the last step: random above half random above real, at "
             f"m = {most}.",
@@ -140,6 +153,12 @@ def claims(table: pd.DataFrame) -> list[Result]:
             "nats",
             1,
         ).judged(_ordered(gap[most]), _in_words(gap[most])),
+    ]
+
+
+def _of_sizes(least: int, most: int, own: pd.DataFrame, gap: pd.DataFrame) -> list[Result]:
+    """The smallest training set against the largest, and the bound against the gap."""
+    return [
         Claim(
             f"The bound at the last step falls from m = {least} to m = {most}, for all three kinds of labels, with L "
             "and β of each run.",
@@ -147,13 +166,13 @@ def claims(table: pd.DataFrame) -> list[Result]:
             _ORDERS,
             1,
             paper=f"{np.log10(most / least):.3g} at equal α, L and β",
-        ).judged(by_size[0]),
+        ).judged((own[least] - own[most]).min(axis=1)),
         Claim(
             f"So does the measured gap in loss, from m = {least} to m = {most}.",
             f"least difference of the gap over kinds of labels, m = {least} less m = {most}",
             "nats",
             1,
-        ).judged(by_size[1]),
+        ).judged((gap[least] - gap[most]).min(axis=1)),
         Claim(
             "The bound, with L and β of each run, is above the measured gap at the last step, at every m and for all "
             "kinds of labels.",
