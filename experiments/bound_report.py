@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -106,7 +106,7 @@ _ORDERS = "orders of magnitude"
 
 def claims(table: pd.DataFrame) -> list[Result]:
     """What Theorem 1 says of data, of m and of the gap."""
-    sizes = sorted(table["size"].unique())
+    sizes = sorted(int(size) for size in table["size"].unique())
     common, own, gap = (_last(table, column) for column in ("bound_common", "bound", "gap"))
     at_equal_loss = _at_equal_loss(table[table["size"] == sizes[0]])
     return [
@@ -118,9 +118,9 @@ def claims(table: pd.DataFrame) -> list[Result]:
 def _of_labels(
     least: int,
     most: int,
-    common: pd.DataFrame,
-    own: pd.DataFrame,
-    gap: pd.DataFrame,
+    common: Any,
+    own: Any,
+    gap: Any,
     at_equal_loss: tuple[pd.Series, pd.Series],
 ) -> list[Result]:
     """Random labels against real ones; every table is [seed, (size, labels)] at the last step."""
@@ -156,7 +156,7 @@ def _of_labels(
     ]
 
 
-def _of_sizes(least: int, most: int, own: pd.DataFrame, gap: pd.DataFrame) -> list[Result]:
+def _of_sizes(least: int, most: int, own: Any, gap: Any) -> list[Result]:
     """The smallest training set against the largest, and the bound against the gap."""
     return [
         Claim(
