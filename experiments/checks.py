@@ -2,7 +2,7 @@
 
 import math
 
-from .configs import TFDS, Cluster, Config
+from .configs import TFDS, Cluster, Config, SeededConfig
 from .data import DATASETS
 from .models import MODELS
 
@@ -33,30 +33,39 @@ def check_cluster(cluster: Cluster) -> None:
 
 
 _COUNTS = (
-    *("epochs", "seeds", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"),
+    *("epochs", "batch_size", "measure_batch_size", "num_train", "num_test", "width", "depth"),
     *("image_size", "num_measured", "read_threads", "every", "save_every"),
 )
 
 
-def check(config: Config) -> None:
+def check(config: SeededConfig) -> None:
     """ValueError naming the option, its value and its bound, before anything is loaded or written."""
     check_cluster(config)
+    if config.seeds < 1:
+        raise ValueError(f"Expected seeds >= 1, got seeds={config.seeds}.")
+    if config.seed < 0:
+        raise ValueError(f"Expected seed >= 0 and finite, got seed={config.seed}.")
+    if config.seed + config.seeds > _SEEDS:
+        raise ValueError(f"Expected seed + seeds <= 2**32, got seed={config.seed} and seeds={config.seeds}.")
+    if isinstance(config, Config):
+        _check_training(config)
+    config.check()
+
+
+def _check_training(config: Config) -> None:
     for name in _COUNTS:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected {name} >= 1, got {name}={value}.")
-    for name in ("seed", "early", "weight_decay"):
+    for name in ("early", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"Expected {name} >= 0 and finite, got {name}={getattr(config, name)}.")
-    if config.seed + config.seeds > _SEEDS:
-        raise ValueError(f"Expected seed + seeds <= 2**32, got seed={config.seed} and seeds={config.seeds}.")
     if not 0 < config.learning_rate < math.inf:
         raise ValueError(f"Expected learning_rate > 0 and finite, got learning_rate={config.learning_rate}.")
     _check_data(config)
     if any(epoch < 1 for epoch in config.decay_at) or len(set(config.decay_at)) < len(config.decay_at):
         raise ValueError(f"Expected decay_at to be different epochs >= 1, got decay_at={config.decay_at}.")
     _check_model(config)
-    config.check()
 
 
 def _check_model(config: Config) -> None:

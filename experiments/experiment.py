@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from .configs import Config, RunConfig
-from .loop import Problem
+from .configs import RunConfig, SeededConfig
 from .run_folder import RunFolder
 from .section import Row, Section
 
-OneConfig = TypeVar("OneConfig", bound=Config)
+OneConfig = TypeVar("OneConfig", bound=SeededConfig)
 ManyConfig = TypeVar("ManyConfig", bound=RunConfig)
 
 
@@ -23,7 +22,9 @@ class Experiment(Generic[OneConfig]):
     """
 
     config: OneConfig
-    measure: Callable[[OneConfig, Problem, RunFolder], None]  # train and measure, from where the folder stands
+    # (config, problem, folder): train and measure, from where the folder stands. The problem is the loop.Problem that a
+    # Config names, and None of a config that names no data set.
+    measure: Callable[[OneConfig, Any, RunFolder], None]
     section: Callable[[OneConfig, list[Row], Path], Section]  # claims, tables, and figures drawn into a folder, of rows
     help: str = ""
 
@@ -42,7 +43,7 @@ class Several(Generic[ManyConfig]):
     """Experiments that are run one after another into folders of one folder, with one report."""
 
     config: ManyConfig
-    configs: Callable[[ManyConfig], Sequence[Config]]  # of its experiments, by their names
+    configs: Callable[[ManyConfig], Sequence[SeededConfig]]  # of its experiments, by their names
     help: str = ""
 
     @property
@@ -50,7 +51,7 @@ class Several(Generic[ManyConfig]):
         """What the command line calls it."""
         return self.config.name
 
-    def parts(self, config: ManyConfig) -> tuple[Config, ...]:
+    def parts(self, config: ManyConfig) -> tuple[SeededConfig, ...]:
         """The configs of its experiments."""
         return tuple(self.configs(config))
 

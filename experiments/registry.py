@@ -2,10 +2,12 @@
 
 from . import (
     adversarial_init,
+    bound,
     coherence,
     demo,
     early_stopping,
     easy_hard,
+    illustration,
     imagenet,
     linear_to_deep,
     noise,
@@ -37,4 +39,6 @@ EXPERIMENTS = by_name(
     width_depth.EXPERIMENT,
     linear_to_deep.EXPERIMENT,
     adversarial_init.EXPERIMENT,
+    bound.EXPERIMENT,
+    illustration.EXPERIMENT,
 )

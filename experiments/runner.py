@@ -9,7 +9,7 @@ from typing import Any
 
 from . import devices, loop, report
 from .checks import check, check_cluster
-from .configs import TFDS, TINY_IMAGES, Config, RunConfig, from_json, smoked
+from .configs import TFDS, TINY_IMAGES, Config, RunConfig, SeededConfig, from_json, smoked
 from .experiment import AnyExperiment, Experiment
 from .lock import locked
 from .registry import EXPERIMENTS
@@ -21,17 +21,17 @@ INTERRUPTED = 130  # the status of what was ended by Ctrl-C
 
 def start(config: RunConfig, locks: contextlib.ExitStack) -> int:
     """Check everything that can be known before a folder is made; then run."""
-    parts: tuple[Config, ...] = EXPERIMENTS[config.name].parts(config)
+    parts: tuple[SeededConfig, ...] = EXPERIMENTS[config.name].parts(config)
     parts = tuple(smoked(part) if part.smoke else part for part in parts)
     check_cluster(config)
     for part in parts:
         check(part)
     devices.start(config)
-    if any(part.smoke and part.data.startswith(TFDS) for part in parts):
+    if any(part.smoke and isinstance(part, Config) and part.data.startswith(TFDS) for part in parts):
         devices.together(_prepare_tiny_images, lambda: None)
 
-    def opened() -> list[loop.Problem]:
-        return [loop.opened(part) for part in parts]
+    def opened() -> list[loop.Problem | None]:
+        return [loop.opened(part) if isinstance(part, Config) else None for part in parts]
 
     problems = devices.together(opened, opened)
     asked = parts[0] if isinstance(EXPERIMENTS[config.name], Experiment) else config
@@ -39,7 +39,7 @@ def start(config: RunConfig, locks: contextlib.ExitStack) -> int:
     return _run(list(zip(parts, problems, strict=True)), out, f"cg_jax: {config.name}")
 
 
-def folder_of(config: RunConfig, parts: tuple[Config, ...], locks: contextlib.ExitStack) -> Path:
+def folder_of(config: RunConfig, parts: tuple[SeededConfig, ...], locks: contextlib.ExitStack) -> Path:
     """The folder for the results, locked until this run ends; those of its parts too."""
     out = config.out or new_folder(config.name)
     require_usable(out, config)  # before a lock is put into it
@@ -53,12 +53,12 @@ def folder_of(config: RunConfig, parts: tuple[Config, ...], locks: contextlib.Ex
     return out
 
 
-def _of_part(out: Path, part: Config) -> Path:
+def _of_part(out: Path, part: SeededConfig) -> Path:
     """The folder of one of several parts."""
     return out / part.name
 
 
-def _run(parts: list[tuple[Config, loop.Problem]], out: Path, title: str) -> int:
+def _run(parts: list[tuple[SeededConfig, loop.Problem | None]], out: Path, title: str) -> int:
     """Measure the parts one after another; whatever ends it, report what was measured until then."""
     done: list[tuple[Path, Section]] = []
     status = 0
@@ -83,7 +83,7 @@ def _run(parts: list[tuple[Config, loop.Problem]], out: Path, title: str) -> int
     return status
 
 
-def _measure(experiment: Experiment[Any], part: Config, problem: loop.Problem, folder: RunFolder) -> int:
+def _measure(experiment: Experiment[Any], part: SeededConfig, problem: loop.Problem | None, folder: RunFolder) -> int:
     """Measure one part; the exit status."""
     try:
         experiment.measure(part, problem, folder)
