@@ -136,7 +136,7 @@ def _key(training: Training) -> frozenset[tuple[str, Any]]:
 # The config and the problem of trainings, by their changes.
 _Differing = dict[frozenset[tuple[str, Any]], tuple[Config, Problem]]
 # Options that change steps alone: the same data and model serve.
-_OF_STEPS = frozenset(("learning_rate", "weight_decay", "decay_at"))
+_OF_STEPS = frozenset(("learning_rate", "weight_decay", "decay_at", "optimizer", "epochs", "every"))
 
 
 def _add_differing(differing: _Differing, config: Config, problem: Problem, trainings: Sequence[Training]) -> None:
@@ -193,7 +193,7 @@ def _train(
 ) -> None:
     """One training, of which `start.step` steps are done."""
     keys, (data, model) = Keys.of(training.marks["seed"]), problem
-    recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at)
+    recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at, config.optimizer)
     examples = data.noisy(keys, Noise(*training.noise[:2]) if len(training.noise) == 2 else training.noise)
     method = trainer(model, training.method, recipe, examples.num_train)
     wanted, clock, done = measured_at(method.per_epoch, config), Clock(start.seconds), max(start.step, 0)
