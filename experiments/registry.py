@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, noise, robust
+from . import calibration, coherence, demo, imagenet, noise, robust
 from .experiment import AnyExperiment
 
 
@@ -13,6 +13,7 @@ def by_name(*experiments: AnyExperiment) -> dict[str, AnyExperiment]:
 
 
 EXPERIMENTS = by_name(
+    calibration.EXPERIMENT,
     coherence.EXPERIMENT,
     noise.EXPERIMENT,
     demo.EXPERIMENT,
