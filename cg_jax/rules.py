@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cg_jax import _validate, trees
-from cg_jax.order_statistics import NETWORK_LIMIT, order_statistics, row_sum, sum_between
+from cg_jax.order_statistics import NETWORK_LIMIT, ends_by_insertion, inserts, order_statistics, row_sum, sum_between
 
 Rule = Callable[[jax.Array], jax.Array]
 
@@ -103,15 +103,10 @@ def _factor(peak: jax.Array, k: int) -> jax.Array | None:
 
 def _restored(mean: jax.Array, peak: jax.Array, k: int) -> jax.Array:
     """A mean of fitted values as peak's dtype."""
-    factor = _factor(peak, k)
-    if factor is None:
+    if (factor := _factor(peak, k)) is None:
         return mean.astype(peak.dtype)
     bound = peak.astype(mean.dtype) * factor
     return jnp.where(factor < 1, jnp.clip(mean, -bound, bound) / factor, mean).astype(peak.dtype)
-
-
-def _sum(values: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(operator.add, values)
 
 
 def _ordered_mean(ordered: Sequence[jax.Array], clip: int = 0) -> jax.Array:
@@ -121,7 +116,7 @@ def _ordered_mean(ordered: Sequence[jax.Array], clip: int = 0) -> jax.Array:
     def mean(fit: Callable[[jax.Array], jax.Array]) -> jax.Array:
         values = [fit(value) for value in ordered]
         ends = [clip * (values[0] + values[-1])] if clip else []
-        return _sum([*values, *ends]) / k
+        return functools.reduce(operator.add, [*values, *ends]) / k
 
     return _in_range(mean, _largest(ordered[0], ordered[-1]), k)
 
@@ -163,6 +158,12 @@ def _trimmed_mean(values: jax.Array, trim: int) -> jax.Array:
 def _winsorized_mean(values: jax.Array, clip: int) -> jax.Array:
     """The mean of the values, clipped to two order statistics."""
     k = values.shape[0]
+    if inserts(k, clip):
+        (inner, scaled, spoilt), low, high = ends_by_insertion(values, clip, 0.5 ** (k - 1).bit_length())
+        factor, fit = _factor(peak := _largest(low, high), k), _fit(peak, k)
+        inner = inner if factor is None else jnp.where(factor < 1, scaled, inner)
+        total = inner + (clip + 1) * (fit(low) + fit(high))
+        return jnp.where(spoilt, jnp.nan, _restored(total / k, peak, k))
 
     def term(row: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         return _fit(_largest(low, high), k)(jnp.where(row < low, low, jnp.where(row > high, high, row)))

@@ -22,14 +22,14 @@ from cg_jax.ghost.chunks import in_chunks, of_each
 from cg_jax.ghost.passes import ByParameter, Pass, Tensors
 from cg_jax.ghost.plan import ANY_CHUNK, RulePlan, bytes_at_once
 from cg_jax.ghost.product import Product
-from cg_jax.ghost.products import factors_of, product_chunk
+from cg_jax.ghost.products import factors_of, product_chunk, row_width
 from cg_jax.ghost.scalars import ByNumbers
 from cg_jax.ghost.tensors import ByGradients, ByNorm, ByProduct, SameForAll
 
 # Gradients of the examples at some coordinates, [B, n] → a value for each coordinate, [n].
 ColumnRule = Callable[[jax.Array], jax.Array]
 
-# On a CPU, the gradients of one block should fit the cache of a core, with room for what they are made of.
+# On a CPU, the gradients of one block should fit the cache of a core.
 _CACHE_BYTES = 2**20
 
 
@@ -55,9 +55,7 @@ def by_columns(of: Pass, rule: ColumnRule, max_bytes: int | None = None) -> PyTr
     limit = bytes_at_once(max_bytes)
     leaves, structure = jax.tree.flatten(of.kept)
     values: ByParameter = {}
-    cut: list[_Blocks] = []
-    built: list[_Rows] = []
-    width = _width(of, limit)
+    cut, built, width = list[_Blocks](), list[_Rows](), _width(of, limit)
     for tensors in of.tensors:
         blocks = _of_product(of, tensors, width) if isinstance(tensors, ByProduct) else None
         if blocks is None:
@@ -79,10 +77,12 @@ def by_columns(of: Pass, rule: ColumnRule, max_bytes: int | None = None) -> PyTr
 def _width(of: Pass, limit: int) -> int:
     """Coordinates of one block."""
     size = max((leaf.size for leaf in jax.tree.leaves(of.kept)), default=1)
-    bytes_ = min(limit, _CACHE_BYTES) if jax.default_backend() == "cpu" else limit
+    on_cpu, rows = jax.default_backend() == "cpu", of.losses.shape[0]
     itemsize = max((of.dtype(i).itemsize for i in range(len(jax.tree.leaves(of.kept)))), default=4)
-    width = bytes_ // (of.losses.shape[0] * itemsize)
-    return max(1, min(size, width - width % 64 if width > 64 else width))
+    width = (min(limit, _CACHE_BYTES) if on_cpu else limit) // (rows * itemsize)
+    width = max(1, min(size, width - width % 64 if width > 64 else width))
+    products = [tensors.product(of) for tensors in of.tensors if isinstance(tensors, ByProduct)]
+    return row_width(products, rows, sum(leaf.size for leaf in jax.tree.leaves(of.kept)), width) if on_cpu else width
 
 
 def _of_product(of: Pass, tensors: ByProduct, width: int) -> _Blocks | None:
@@ -231,8 +231,7 @@ def _of_matrix(of: Pass, pool: dict[int, jax.Array], width: int) -> _Blocks:
 def _each_block(every: Sequence[_Blocks], rule: ColumnRule) -> ByParameter:
     """The rule on all blocks. Blocks of one kind share a loop, in which narrower ones are padded."""
     avals = [jax.eval_shape(one.block, jax.ShapeDtypeStruct((), jnp.int32)) for one in every]
-    kinds = [(aval.dtype, _compat.varying_axes(aval)) for aval in avals]
-    values: ByParameter = {}
+    kinds, values = [(aval.dtype, _compat.varying_axes(aval)) for aval in avals], ByParameter()
     for kind in dict.fromkeys(kinds):
         group = [one for one, other in zip(every, kinds, strict=True) if other == kind]
         widths = [aval.shape[1] for aval, other in zip(avals, kinds, strict=True) if other == kind]

@@ -10,7 +10,7 @@ The choice is by operations and bytes, measured in benchmarks/crossover.py and e
   which Gram must store. On an accelerator the known limit by memory, 2 T² ≤ D P, is used until it is measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -29,6 +29,8 @@ _PER_NUMBER_OF_PATCHES = 4
 _PAIRS = 2**24
 # On a CPU, arrays that fit this cache are several times faster.
 _CACHE_BYTES = 2**20
+# Gradients of a block of coordinates, of all examples, that are worth a step of a loop.
+_WORTH_A_STEP = 2**14
 
 
 def product_form(product: Product) -> str:
@@ -253,3 +255,17 @@ def _gram(product: Product, dtype: Any, a: jax.Array, b: jax.Array, letters: str
 def _sq_norms(x: jax.Array, axis: int) -> jax.Array:
     """Squared norms along one axis, in the accumulator dtype."""
     return jnp.square(x.astype(trees.accumulator_dtype(x.dtype))).sum(axis)
+
+
+def row_width(products: Iterable[Product], examples: int, total: int, width: int) -> int:
+    """P, if nearly all of `total` coordinates are of products of T = 1 with this P ≤ `width`; else `width`.
+
+    A block of P coordinates is then one number times one row for each example, which XLA:CPU vectorises. It does not do
+    so for several rows, whose entries it finds by division: building them takes several times longer.
+    """
+    sizes: dict[int, int] = {}
+    for product in products:
+        n, t, d, p = product.dims
+        if t == 1 and p <= width and p * examples >= _WORTH_A_STEP:
+            sizes[p] = sizes.get(p, 0) + n * d * p
+    return next((p for p, size in sizes.items() if size > 0.9 * total), width)
