@@ -70,10 +70,24 @@ def _winsorized(loss_fn: LossFn, size: int) -> Average:
     return cg.coordinatewise_grads(loss_fn, cg.winsorized_mean(size // 4))
 
 
+def _per_side(line: Line, rule: Callable[[Any], Any]) -> Method:
+    """A coordinate-wise rule over the examples of one mini-batch."""
+    return Method(line, 1, optax.identity, (), lambda loss_fn, _: cg.coordinatewise_grads(loss_fn, rule), ("mlp",))
+
+
 def _by_example(line: Line, average: Callable[[LossFn, int], Average], *rivals: str) -> Method:
     """An average over the examples of the batch that mean3 takes."""
     return Method(line, 3, optax.identity, (*_CONTROLS, *rivals), average)
 
+
+# Winsorised SGD, as published: of one mini-batch, with a few examples per side, or all but the middle.
+PER_SIDE: dict[str, Method] = {
+    "winsor1": _per_side(Line("c = 1", "tab:blue", "--"), cg.winsorized_mean(1)),
+    "winsor2": _per_side(Line("c = 2", "tab:green", "-."), cg.winsorized_mean(2)),
+    "winsor4": _per_side(Line("c = 4", "tab:orange", ":"), cg.winsorized_mean(4)),
+    "winsor8": _per_side(Line("c = 8", "tab:red", "--"), cg.winsorized_mean(8)),
+    "cw_median": _per_side(Line("median", "tab:purple", "-."), cg.median()),
+}
 
 METHODS: dict[str, Method] = {
     "sgd": Method(Line("SGD", "black"), 1, optax.identity),
@@ -102,6 +116,7 @@ METHODS: dict[str, Method] = {
     "winsorized": _by_example(Line("winsorised mean, a quarter per side", "goldenrod", ":"), _winsorized)._replace(
         models=("mlp",), dear=True
     ),
+    **PER_SIDE,
 }
 
 

@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import calibration, coherence, demo, imagenet, noise, robust
+from . import calibration, coherence, demo, imagenet, noise, robust, winsorize
 from .experiment import AnyExperiment
 
 
@@ -20,4 +20,5 @@ EXPERIMENTS = by_name(
     imagenet.COHERENCE,
     imagenet.NOISE,
     robust.EXPERIMENT,
+    winsorize.EXPERIMENT,
 )
