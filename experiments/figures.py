@@ -34,19 +34,27 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def legend(figure: Any, ax: Any) -> None:
-    """One legend above all panels, of the lines of one of them; six in a row."""
-    lines, labels = ax.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=9)
+def legend(figure: Any, *axes: Any, columns: int = 6) -> None:
+    """One legend above all panels, of the lines of some of them, each label once; so many in a row."""
+    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(lines), columns), fontsize=9)
+
+
+def _marked(line: Line) -> dict[str, Any]:
+    return {"marker": line.marker, "markersize": 3 if line.marker == "." else 4}
 
 
 def _style(line: Line) -> dict[str, Any]:
-    return {"color": line.color, "linestyle": line.style, "marker": ".", "markersize": 3, "linewidth": 1.3}
+    return {"color": line.color, "linestyle": line.style, "linewidth": 1.3, **_marked(line)}
 
 
 def band(ax: Any, along: Curve, line: Line) -> None:
-    """A mean against epochs and, where there are several seeds, the band of its 95% interval."""
-    ax.plot(along.epoch, along.mean, label=line.label, **_style(line))
+    """A mean against epochs and, where there are several seeds, the band of its 95% interval.
+
+    Of markers that tell lines apart there are about eight.
+    """
+    every = 1 if line.marker == "." else max(1, len(along.epoch) // 8)
+    ax.plot(along.epoch, along.mean, label=line.label, markevery=every, **_style(line))
     ax.fill_between(along.epoch, along.low, along.high, color=line.color, alpha=0.2, linewidth=0)
 
 

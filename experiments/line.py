@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    """One entry of a legend. Line styles differ too, so that figures can be read without colours."""
+    """One entry of a legend. Line styles or markers differ too, so that figures can be read without colours."""
 
     label: str
     color: str
     style: str = "-"
+    marker: str = "."

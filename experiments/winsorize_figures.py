@@ -48,8 +48,8 @@ def draw_shares(
                     ends = [interval(runs[runs["share"] == share][key].to_numpy(float)) for share in shares]
                     mean, low, high = (np.array(each, float) for each in zip(*ends, strict=True))
                     at = np.array(shares) + 0.006 * (place - len(lines) / 2)  # bars beside each other
-                    style = {"color": line.color, "linestyle": line.style, "linewidth": 1.3}
-                    ax.errorbar(at, mean, (mean - low, high - mean), label=line.label, marker=".", capsize=2, **style)
+                    style = {"color": line.color, "linestyle": line.style, "linewidth": 1.3, "marker": line.marker}
+                    ax.errorbar(at, mean, (mean - low, high - mean), label=line.label, capsize=2, **style)
             ax.set_xlabel("share of random labels")
             figures.percent_axis(ax, x=True)
             _labelled(ax, data, quantities[key])
