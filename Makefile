@@ -45,6 +45,7 @@ bench: .venv/stamp
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json
 	$(BIN)/python -m benchmarks.aggregate --out benchmarks/results/aggregate.json
 	$(BIN)/python -m benchmarks.scaling --out benchmarks/results/scaling.json
+	$(BIN)/python -m benchmarks.seeds --out benchmarks/results/seeds.json
 	$(BIN)/python -m benchmarks.kills --out benchmarks/results/kills.json
 	$(BIN)/python -m benchmarks.weighted --out benchmarks/results/weighted.json
 	$(BIN)/python -m benchmarks.figures

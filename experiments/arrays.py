@@ -1,5 +1,6 @@
 """Data sets that fit the memory of every device."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,9 +30,15 @@ class InMemory:
         self.image_shape = loaded.train_images.shape[1:]
         self.measured = {"train": self.num_train, "test": len(loaded.test_labels)}
 
+    @functools.cached_property
+    def _images(self) -> tuple[jax.Array, jax.Array]:
+        """Training and test images on all devices, once for all seeds."""
+        return devices().replicate((self._data.train_images, self._data.test_images))
+
     def noisy(self, keys: Keys, noise: data.Noise) -> "OnDevices":
-        """Copies on all devices."""
+        """Copies on all devices; images that all examples keep are shared by all seeds."""
         loaded = self._data
+        shared, test_images = self._images
         images, true = loaded.train_images, loaded.train_labels
         if noise.rare < 1:
             rows = data.without_most_of(jax.random.fold_in(keys.noise, _RARE), true, noise.rare)
@@ -39,8 +46,8 @@ class InMemory:
         labels = data.corrupt(keys.noise, true, noise.train, self.num_classes, noise.kind)
         test_labels = data.corrupt(keys.test_noise, loaded.test_labels, noise.test, self.num_classes, noise.kind)
         samples = {
-            "train": (images, labels, true),
-            "test": (loaded.test_images, test_labels, loaded.test_labels),
+            "train": (shared if images is loaded.train_images else images, labels, true),
+            "test": (test_images, test_labels, loaded.test_labels),
         }
         if noise.validation:
             parts = data.held_out(jax.random.fold_in(keys.noise, _VALIDATION), true.size, noise.validation)
@@ -52,22 +59,30 @@ class InMemory:
 class OnDevices:
     """All examples on every device; a step picks its rows."""
 
-    def __init__(
-        self, config: Config, keys: Keys, samples: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-    ) -> None:
+    def __init__(self, config: Config, keys: Keys, samples: dict[str, tuple[Any, np.ndarray, np.ndarray]]) -> None:
         self._config, self._keys = config, keys
         self._labels = {name: (labels, true) for name, (_, labels, true) in samples.items()}
         self._there = {name: devices().replicate((images, labels)) for name, (images, labels, _) in samples.items()}
-        self.first, self.num_train = samples["train"][0][:1], len(samples["train"][1])
+        self.first, self.num_train = np.asarray(samples["train"][0][:1]), len(samples["train"][1])
 
     def _batch_size(self, sample: str) -> int:
         return min(self._config.measure_batch_size, len(self._labels[sample][0]))
 
+    @property
+    def there(self) -> tuple[jax.Array, jax.Array]:
+        """All training images and labels, on the devices."""
+        return self._there["train"]
+
+    def rows(self, step: int, rows_per_step: int) -> Iterator[np.ndarray]:
+        """The rows [groups, B] of each step from `step` on."""
+        batch_size = self._config.batch_size
+        for rows in rows_from(self._keys.order, step, self.num_train, rows_per_step, batch_size):
+            yield rows.reshape(-1, batch_size)
+
     def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         """All images and labels, and the rows [groups, B] of each step from `step` on."""
-        images, labels = self._there["train"]
-        for rows in rows_from(self._keys.order, step, len(labels), rows_per_step, self._config.batch_size):
-            yield images, labels, devices().spread(rows.reshape(-1, self._config.batch_size), 1)
+        for rows in self.rows(step, rows_per_step):
+            yield *self.there, devices().spread(rows, 1)
 
     def guess(self, sample: str, model: nn.Module, params: Any) -> Guesses:
         """Predictions on the whole sample."""

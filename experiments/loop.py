@@ -21,9 +21,10 @@ from .data import Noise
 from .devices import devices, together, writes
 from .errors import first_line
 from .examples import Data, Examples
-from .methods import EPOCH_UNIT
+from .methods import EPOCH_UNIT, METHODS
 from .run_folder import RunFolder
 from .section import Row
+from .stepping import taking
 from .train import Keys, Recipe, State, trainer
 
 
@@ -37,6 +38,8 @@ class Training(NamedTuple):
     measure: Callable[[Examples, nn.Module, Any], Row]  # of parameters
     shown: Callable[[Row], dict[str, str]]  # beside the bar
     changes: Mapping[str, Any] = MappingProxyType({})  # options of the config that this training has otherwise
+    # Whether it begins from the parameters with which the one before it in the list, of the same seed, ended.
+    continues: bool = False
 
 
 class Problem(NamedTuple):
@@ -106,27 +109,55 @@ Stage = Callable[[Sequence[Row]], Sequence[Training]]
 def train_all(
     config: Config, problem: Problem, folder: RunFolder, trainings: Sequence[Training], *later: Stage
 ) -> None:
-    """All trainings, one after another, from where the folder's last checkpoint stands.
+    """All trainings, from where the folder's last checkpoint stands.
 
-    What comes later may depend on what was measured before: each stage says its trainings from the rows until then.
+    Those that differ by their seed alone are one program where that is faster (models.Network.vmapped); all others
+    follow one another. What comes later may depend on what was measured before: each stage says its trainings from the
+    rows until then.
     """
     differing: _Differing = {}
     position, leaves = _position(folder)
-    clock, first = Clock(position.seconds), 0
+    clock, first, ended = Clock(position.seconds), 0, None
     for stage in (lambda _: trainings, *later):
         stages_own = stage(folder.rows)
         _add_differing(differing, config, problem, stages_own)
-        for part, training in enumerate(stages_own, first):
+        groups = _together(differing, stages_own)
+        for part, group in enumerate(groups, first):
             if part < position.part:
                 continue
             step = position.step if part == position.part else -1
-            own, its_problem = differing[_key(training)]
-            _train(own, folder, its_problem, training, Position(part, step, 0, clock.seconds), leaves)
+            own, its_problem = differing[_key(group[0])]
+            begun = ended if group[0].continues else None
+            ended = _train(own, folder, its_problem, group, Position(part, step, 0, clock.seconds), leaves, begun)
             leaves = None
-        first += len(stages_own)
+        first += len(groups)
     if writes():
         print(f"\n{described(config)}")
         print(f"Time of {folder.path.name}: {clock}.")
+
+
+def _together(differing: "_Differing", trainings: Sequence[Training]) -> list[list[Training]]:
+    """The trainings, those that one program trains together; else each alone, in their order."""
+    groups: dict[Any, list[Training]] = {}
+    for number, training in enumerate(trainings):
+        if training.continues and trainings[number - 1].marks["seed"] != training.marks["seed"]:
+            raise ValueError(f"Expected a training of the same seed before {training.title}, which continues it.")
+        marks = {name: value for name, value in training.marks.items() if name != "seed"}
+        alike = repr((marks, training.method, training.noise, training.continues, sorted(training.changes.items())))
+        own, problem = differing[_key(training)]
+        groups.setdefault(alike if _vmapped(own, problem, training) else number, []).append(training)
+    return list(groups.values())
+
+
+def _vmapped(config: Config, problem: Problem, training: Training) -> bool:
+    """Whether its seeds can be one program, and are faster so: all of them have the same images."""
+    noise = _noise(training)
+    same = isinstance(problem.data, arrays.InMemory) and noise.rare == 1 and not noise.validation
+    return same and models.MODELS[config.model].vmapped and METHODS[training.method].average is None
+
+
+def _noise(training: Training) -> Noise:
+    return Noise(*training.noise[:2]) if len(training.noise) == 2 else Noise(*training.noise)
 
 
 def _key(training: Training) -> frozenset[tuple[str, Any]]:
@@ -187,45 +218,55 @@ def _train(
     config: Config,
     folder: RunFolder,
     problem: Problem,
-    training: Training,
+    trainings: Sequence[Training],
     start: Position,
     leaves: list[np.ndarray] | None,
-) -> None:
-    """One training, of which `start.step` steps are done."""
-    keys, (data, model) = Keys.of(training.marks["seed"]), problem
+    begun: list[Any] | None,
+) -> list[Any]:
+    """One training, or those of several seeds, of which `start.step` steps are done; the parameters it ends with."""
+    data, model = problem
+    keys = [Keys.of(training.marks["seed"]) for training in trainings]
+    examples = [data.noisy(key, _noise(each)) for key, each in zip(keys, trainings, strict=True)]
     recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at, config.optimizer)
-    examples = data.noisy(keys, Noise(*training.noise[:2]) if len(training.noise) == 2 else training.noise)
-    method = trainer(model, training.method, recipe, examples.num_train)
+    method = trainer(model, trainings[0].method, recipe, examples[0].num_train)
     wanted, clock, done = measured_at(method.per_epoch, config), Clock(start.seconds), max(start.step, 0)
-    state = jax.device_get(method.init(keys.init, examples.first))
-    state: State = devices().replicate(state if start.step < 0 else _filled(state, leaves))
+    if begun is None:
+        states = [method.init(key.init, each.first) for key, each in zip(keys, examples, strict=True)]
+    else:
+        states = [method.begin(params) for params in begun]
+    stepper, state = taking(
+        method, examples, jax.device_get(states), done, vmapped=_vmapped(config, problem, trainings[0])
+    )
+    state: State = devices().replicate(_filled(state, leaves))
 
     def note(step: int) -> None:
         with clock.on("training"):
             jax.block_until_ready(state)
-        with clock.on("measuring"):
-            row = training.marks | {"step": step, "epoch": step / method.per_epoch}
-            row |= training.measure(examples, model, state.params)
-        folder.add(**row)
-        folder.time(**training.marks, step=step, **clock.seconds)
-        bar.set_postfix(training.shown(row))
+        for training, own, params in zip(trainings, examples, stepper.params(state), strict=True):
+            with clock.on("measuring"):
+                row = training.marks | {"step": step, "epoch": step / method.per_epoch}
+                row |= training.measure(own, model, params)
+            folder.add(**row)
+            folder.time(**training.marks, step=step, **clock.seconds)
+            bar.set_postfix(training.shown(row))
 
     def save(step: int) -> None:
         with clock.on("saving"):
             folder.save(start._replace(step=step, seconds=clock.seconds), state)
 
-    batches = examples.batches(done, method.rows_per_step)
-    with tqdm(total=wanted[-1], initial=done, desc=training.title, unit="step", disable=not writes()) as bar:
+    title = trainings[0].title if len(trainings) == 1 else f"{trainings[0].title} and {len(trainings) - 1} more seeds"
+    with tqdm(total=wanted[-1], initial=done, desc=title, unit="step", disable=not writes()) as bar:
         if start.step < 0:
             save(-1)  # what cannot be written is known before anything is computed
             note(0)
-        for step in range(done + 1, wanted[-1] + 1):
+        for step in sorted({*wanted, *range(0, wanted[-1], config.save_every)}):
+            if step <= done:
+                continue
             with clock.on("training"):
-                batch = next(batches)
-                jax.block_until_ready(state)  # else batches would pile up on the devices
-                state = method.step(state, *batch)
-            bar.update()
+                state = stepper.advance(state, step - done, bar.update)
+            done = step
             if step in wanted:
                 note(step)
             if step % config.save_every == 0 or step == wanted[-1]:
                 save(step)
+    return stepper.params(state)

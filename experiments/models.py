@@ -110,6 +110,8 @@ class Network(NamedTuple):
     build: Callable[..., nn.Module]  # of num_classes, and of width and depth where they are given
     depths: tuple[int, ...] | None = None  # that it can have; () where it has no such option, None where any will do
     batch_norm: bool = False
+    # Whether trainings of several seeds are one program, vmapped over seeds. Convolutions are slower so on CPUs.
+    vmapped: bool = False
 
 
 def _resnet50(norm: str, depth: int | None = None, **options: Any) -> nn.Module:
@@ -119,7 +121,7 @@ def _resnet50(norm: str, depth: int | None = None, **options: Any) -> nn.Module:
 
 
 MODELS: dict[str, Network] = {
-    "mlp": Network(Line("MLP", "tab:blue"), MLP),
+    "mlp": Network(Line("MLP", "tab:blue"), MLP, vmapped=True),
     "cnn": Network(Line("CNN", "tab:orange", "--"), CNN, depths=()),
     "lenet": Network(Line("LeNet-5", "tab:pink", ":"), LeNet, depths=()),
     "resnet": Network(Line("ResNet, GroupNorm", "tab:green", "-."), ResNet, depths=(8, 18)),

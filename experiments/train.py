@@ -54,9 +54,13 @@ class Trainer(NamedTuple):
     """One method's way to train one model."""
 
     init: Callable[[jax.Array, Any], State]  # (key, images) → state
+    begin: Callable[[Any], State]  # of parameters that were trained before
     # (state, images, labels, rows [groups, B]) or (state, images [groups, B, …], labels [groups, B], None) → state;
     # jitted, the state donated
     step: Callable[..., State]
+    # (states [seeds, …], images, labels [seeds, m], rows [T, seeds, groups, B], count) → states after count ≤ T steps
+    # of every seed, vmapped over seeds; jitted, the states donated
+    steps: Callable[..., State]
     rows_per_step: int
     per_epoch: int  # steps
 
@@ -75,9 +79,11 @@ def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) ->
     optimizer = optax.chain(METHODS[method].transform(), _OPTIMIZERS[recipe.optimizer](rate))
     gradient = _gradient(model, METHODS[method], rows_per_step)
 
-    def init(key: jax.Array, images: jax.Array) -> State:
-        params = model.init(key, models.as_input(images[:1]))
+    def begin(params: Any) -> State:
         return State(params, optimizer.init(params))
+
+    def init(key: jax.Array, images: jax.Array) -> State:
+        return begin(model.init(key, models.as_input(images[:1])))
 
     def step(state: State, images: jax.Array, labels: jax.Array, rows: jax.Array | None) -> State:
         batches = (images, labels) if rows is None else (images[rows], labels[rows])
@@ -88,7 +94,12 @@ def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) ->
         params: Any = optax.apply_updates(state.params, updates)
         return State({**params, **averages}, opt_state)
 
-    return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), rows_per_step, per_epoch)
+    def steps(states: State, images: jax.Array, labels: jax.Array, rows: jax.Array, count: jax.Array) -> State:
+        of_all = jax.vmap(step, in_axes=(0, None, 0, 0))
+        return jax.lax.fori_loop(0, count, lambda i, states: of_all(states, images, labels, rows[i]), states)
+
+    one, several = (jax.jit(each, donate_argnums=0) for each in (step, steps))
+    return Trainer(jax.jit(init), jax.jit(begin), one, several, rows_per_step, per_epoch)
 
 
 def _decayed(grads: Any, weights: Any, decay: float) -> Any:
