@@ -202,9 +202,11 @@ def section(config: WinsorizeConfig, rows: list[Row], folder: Path) -> Section:
     pictures, results, tables = list[Figure](), list[Result](), list[Table]()
     if rows:
         lines = {method: METHODS[method].line._replace(label=label(method)) for method in ORDER}
-        draw_epochs(table[table["share"] == _HALF], sets, QUANTITIES, lines, folder / "winsorize.png")
         draw_shares(table, sets, QUANTITIES, lines, folder / "winsorize_shares.png")
-        pictures = [Figure("winsorize.png", _EPOCHS), Figure("winsorize_shares.png", _SHARES)]
+        pictures = [Figure("winsorize_shares.png", _SHARES)]
+        if (half := table[table["share"] == _HALF]).size:
+            draw_epochs(half, sets, QUANTITIES, lines, folder / "winsorize.png")
+            pictures = [Figure("winsorize.png", _EPOCHS), *pictures]
     for data in sets:
         if rows and {_NONE, _HALF, _ALL} <= set(table[table["data"] == data]["share"]):
             results += claims(table, data)
@@ -218,7 +220,7 @@ _EPOCHS = (
     "examples per side. Lines are means over seeds, bands their 95% intervals."
 )
 _SHARES = (
-    "The same after the last epoch, against the share of labels that are random. Bars are 95% intervals over seeds; "
+    "Accuracies after the last epoch, against the share of labels that are random. Bars are 95% intervals over seeds; "
     "shares at which not every c has a point were trained with c = 0, 1 and 4 alone."
 )
 _TEXT = (

@@ -14,7 +14,7 @@ from experiments.checks import check
 from experiments.methods import PER_SIDE
 from experiments.section import frame
 from experiments.train import Recipe, trainer
-from experiments.winsorize import ORDER, WinsorizeConfig, claims, measure
+from experiments.winsorize import ORDER, WinsorizeConfig, claims, measure, section
 
 CLIPS = {"winsor1": 1, "winsor2": 2, "winsor4": 4, "winsor8": 8, "cw_median": 9}
 
@@ -93,6 +93,16 @@ def test_seeds_are_outermost_and_few_methods_have_all_shares(monkeypatch):
     own = dataclasses.replace(WinsorizeConfig(), **seen[21].changes)
     assert (own.data, own.num_train, own.epochs, own.every) == ("fashion_mnist", 10_000, 15, 1)
     check(own)
+
+
+def test_a_run_that_was_stopped_early_is_reported(tmp_path):
+    config = WinsorizeConfig(data="digits", also=None)
+    ends = {(share, other): (0.9, 0.1, 0.8) for share in (0.0, 0.5, 1.0) for other in (True, False)}
+    rows = [row for row in _rows(ends) if row["share"] == 0.0 and row["seed"] == 0]
+    assert section(config, [], tmp_path).figures == ()
+    stopped = section(config, rows, tmp_path)
+    assert [figure.file for figure in stopped.figures] == ["winsorize_shares.png"]
+    assert stopped.claims == ()
 
 
 @pytest.mark.slow
