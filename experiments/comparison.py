@@ -198,4 +198,4 @@ def shares(guess: np.ndarray, labels: np.ndarray, true: np.ndarray) -> dict[str,
 
 
 def _mean(right: np.ndarray) -> float:
-    return float(right.mean()) if right.size else math.nan
+    return round(float(right.mean()), 5) if right.size else math.nan

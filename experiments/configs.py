@@ -108,16 +108,19 @@ class Config(SeededConfig):
     """Of tfds:NAME: how many images each process reads and decodes at a time."""
     model: ModelName = "mlp"
     """mlp: dense layers with ReLU. deep_linear: dense layers without. logistic and linear: one dense layer, trained by
-    cross-entropy and by squared error. cnn: two convolutions of 5×5, one hidden dense layer. resnet: GroupNorm, 8 or 18
-    layers. resnet50: ResNet-50 with BatchNorm. resnet50_gn: the same with GroupNorm. vit_s16: ViT-S/16."""
+    cross-entropy and by squared error. cnn: two convolutions of 5×5, one hidden dense layer. lenet: LeNet-5, with tanh
+    and average pooling. resnet: GroupNorm, 8 or 18 layers. resnet50: ResNet-50 with BatchNorm. resnet50_gn: the same
+    with GroupNorm. vit_s16: ViT-S/16."""
     width: int | None = None
-    """Units of a hidden layer (mlp, 512), channels of the first stage (cnn and resnet, 16; resnet50, 64) or of a
-    position (vit_s16, 384)."""
+    """Units of a hidden layer (mlp, 512), channels of the first stage (cnn and resnet, 16; lenet, 6; resnet50, 64) or
+    of a position (vit_s16, 384)."""
     depth: int | None = None
     """Hidden layers (mlp, 2), layers in all (resnet, 8 or 18), blocks (vit_s16, 12) or blocks in each of the 4 stages
     (resnet50, instead of 3, 4, 6 and 3)."""
     learning_rate: float = 0.1
-    """Step size of SGD; no momentum."""
+    """Step size."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """What steps along the averaged gradient. sgd: without momentum. adam: with decays of 0.9 and 0.999."""
     weight_decay: float = 0.0
     """So much of the weights is added to the gradients, before they are aggregated."""
     decay_at: tuple[int, ...] = ()

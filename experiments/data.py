@@ -59,7 +59,8 @@ class Noise(NamedTuple):
 
     train: float = 0.0  # share of the training labels that are changed
     test: float = 0.0  # share of the test labels that are
-    kind: Literal["uniform", "class"] = "uniform"  # to a class drawn uniformly; or, of each class, to one other
+    # To a class drawn uniformly; or, of each class, to one other; or to the label of another chosen example.
+    kind: Literal["uniform", "class", "permuted"] = "uniform"
     rare: float = 1.0  # share of the training examples of RARE_CLASS that are kept
     validation: float = 0.0  # share of the training examples that are held out, labels and all
     rows: tuple[int, ...] | None = None  # the training examples that are kept; None: all
@@ -75,17 +76,20 @@ def corrupt(key: jax.Array, labels: np.ndarray, share: float, num_classes: int, 
     Kind "uniform": by a class drawn uniformly from all of them. A draw may hit the true class: an example is corrupt
     where the label really changed, (1 − 1/num_classes) · share of them on average. With share = 1 the labels are
     random. Kind "class": by the class that follows on a cycle through all classes, whose order is drawn from the key;
-    all of them change.
+    all of them change. Kind "permuted": the chosen labels change places, so that no class gains or loses examples.
     """
     if kind == "uniform":
         drawn = redrawn(key, labels.size, share, num_classes)
         return np.where(drawn < 0, labels, drawn)
     which, draw = jax.random.split(key)
     rows = np.asarray(jax.random.permutation(which, labels.size))[: round(share * labels.size)]
+    out = labels.copy()
+    if kind == "permuted":
+        out[rows] = labels[np.asarray(jax.random.permutation(draw, rows))]
+        return out
     cycle = np.asarray(jax.random.permutation(draw, num_classes))
     following = np.empty(num_classes, labels.dtype)
     following[cycle] = np.roll(cycle, -1)
-    out = labels.copy()
     out[rows] = following[labels[rows]]
     return out
 

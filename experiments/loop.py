@@ -167,7 +167,7 @@ def _key(training: Training) -> frozenset[tuple[str, Any]]:
 # The config and the problem of trainings, by their changes.
 _Differing = dict[frozenset[tuple[str, Any]], tuple[Config, Problem]]
 # Options that change steps alone: the same data and model serve.
-_OF_STEPS = frozenset(("learning_rate", "weight_decay", "decay_at"))
+_OF_STEPS = frozenset(("learning_rate", "weight_decay", "decay_at", "optimizer", "epochs", "every"))
 
 
 def _add_differing(differing: _Differing, config: Config, problem: Problem, trainings: Sequence[Training]) -> None:
@@ -227,7 +227,7 @@ def _train(
     data, model = problem
     keys = [Keys.of(training.marks["seed"]) for training in trainings]
     examples = [data.noisy(key, _noise(each)) for key, each in zip(keys, trainings, strict=True)]
-    recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at)
+    recipe = Recipe(config.batch_size, config.learning_rate, config.weight_decay, config.decay_at, config.optimizer)
     method = trainer(model, trainings[0].method, recipe, examples[0].num_train)
     wanted, clock, done = measured_at(method.per_epoch, config), Clock(start.seconds), max(start.step, 0)
     states = _states(method, keys, examples, begun)

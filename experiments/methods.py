@@ -70,38 +70,55 @@ def _winsorized(loss_fn: LossFn, size: int) -> Average:
     return cg.coordinatewise_grads(loss_fn, cg.winsorized_mean(size // 4))
 
 
+def _per_side(line: Line, rule: Callable[[Any], Any]) -> Method:
+    """A coordinate-wise rule over the examples of one mini-batch."""
+    return Method(line, 1, optax.identity, (), lambda loss_fn, _: cg.coordinatewise_grads(loss_fn, rule), ("mlp",))
+
+
 def _by_example(line: Line, average: Callable[[LossFn, int], Average], *rivals: str) -> Method:
     """An average over the examples of the batch that mean3 takes."""
     return Method(line, 3, optax.identity, (*_CONTROLS, *rivals), average)
 
 
+# Winsorised SGD, as published: of one mini-batch, with a few examples per side, or all but the middle.
+PER_SIDE: dict[str, Method] = {
+    "winsor1": _per_side(Line("c = 1", "tab:blue", "--", "o"), cg.winsorized_mean(1)),
+    "winsor2": _per_side(Line("c = 2", "tab:green", "-.", "^"), cg.winsorized_mean(2)),
+    "winsor4": _per_side(Line("c = 4", "tab:orange", ":", "s"), cg.winsorized_mean(4)),
+    "winsor8": _per_side(Line("c = 8", "tab:red", "--", "x"), cg.winsorized_mean(8)),
+    "cw_median": _per_side(Line("median", "tab:purple", "-.", "D"), cg.median()),
+}
+
 METHODS: dict[str, Method] = {
     "sgd": Method(Line("SGD", "black"), 1, optax.identity),
     "mean3": Method(Line("mean of 3 (control)", "tab:gray", "--"), 3, lambda: cg.stacked(cg.mean())),
-    "m3": Method(Line("M3, median of 3", "tab:blue"), 3, lambda: cg.stacked(cg.median()), ("sgd", "mean3")),
-    "rm3": Method(Line("RM3, rolling median", "tab:cyan", "-."), 1, cg.rm3, ("sgd", "ra3")),
-    "ra3": Method(Line("RA3, rolling mean", "tab:orange", "--"), 1, cg.ra3),
+    "m3": Method(Line("M3, median of 3", "tab:blue", "-", "*"), 3, lambda: cg.stacked(cg.median()), ("sgd", "mean3")),
+    "rm3": Method(Line("RM3, rolling median", "tab:cyan", "-.", "+"), 1, cg.rm3, ("sgd", "ra3")),
+    "ra3": Method(Line("RA3, rolling mean", "tab:orange", "--", "+"), 1, cg.ra3),
     "gaf": Method(
         Line("GAF, agreeing mini-batches", "tab:brown", ":"), 3, lambda: gradient_agreement(_DISTANCE), ("mean3",)
     ),
-    "clip": _by_example(Line("clip, at the median norm", "tab:green"), _weighted(lambda: cg.clip_quantile(_HALF))),
+    "clip": _by_example(
+        Line("clip, at the median norm", "tab:green", "-", "o"), _weighted(lambda: cg.clip_quantile(_HALF))
+    ),
     "agreement": _by_example(
-        Line("agreement, half of the batch", "tab:olive", "-."), _weighted(lambda: cg.agreement(_HALF))
+        Line("agreement, half of the batch", "tab:olive", "-.", "s"), _weighted(lambda: cg.agreement(_HALF))
     ),
     "clip_agreement": _by_example(
-        Line("clip + agreement, composed", "tab:red"),
+        Line("clip + agreement, composed", "tab:red", "-", "^"),
         _weighted(lambda: cg.compose(cg.clip_quantile(0.25), cg.agreement(_MOST))),
         *("clip", "agreement"),
     ),
     "geomed": _by_example(
-        Line("geometric median, 4 iterations", "tab:purple"), _weighted(lambda: cg.geometric_median(4))
+        Line("geometric median, 4 iterations", "tab:purple", "-", "x"), _weighted(lambda: cg.geometric_median(4))
     ),
     "trim_loss": _by_example(
-        Line("smallest losses, 70% of the batch", "tab:pink", "--"), _weighted(lambda: cg.trim_loss(_MOST))
+        Line("smallest losses, 70% of the batch", "tab:pink", "--", "D"), _weighted(lambda: cg.trim_loss(_MOST))
     ),
     "winsorized": _by_example(Line("winsorised mean, a quarter per side", "goldenrod", ":"), _winsorized)._replace(
         models=("mlp",), dear=True
     ),
+    **PER_SIDE,
 }
 
 

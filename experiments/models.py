@@ -52,6 +52,23 @@ class CNN(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
+class LeNet(nn.Module):
+    """LeNet-5 (LeCun et al. 1998) with tanh and average pooling; its 6, 16, 120 and 84 units grow with the width."""
+
+    width: int = 6
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Images [B, height, width, channels] → logits [B, num_classes]."""
+        for features, padding in ((self.width, "SAME"), (8 * self.width // 3, "VALID")):
+            x = nn.avg_pool(nn.tanh(nn.Conv(features, (5, 5), padding=padding)(x)), (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for units in (20 * self.width, 14 * self.width):
+            x = nn.tanh(nn.Dense(units)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
 class ResidualBlock(nn.Module):
     """norm-ReLU-conv twice, beside the input (He et al. 2016, pre-activation)."""
 
@@ -119,6 +136,7 @@ MODELS: dict[str, Network] = {
         vmapped=True,
     ),
     "cnn": Network(Line("CNN", "tab:orange", "--"), CNN, depths=()),
+    "lenet": Network(Line("LeNet-5", "tab:pink", ":"), LeNet, depths=()),
     "resnet": Network(Line("ResNet, GroupNorm", "tab:green", "-."), ResNet, depths=(8, 18)),
     "resnet50": Network(Line("ResNet-50", "tab:red"), functools.partial(_resnet50, "batch"), batch_norm=True),
     "resnet50_gn": Network(Line("ResNet-50, GroupNorm", "tab:purple", "--"), functools.partial(_resnet50, "group")),

@@ -79,24 +79,46 @@ _PANELS = (
 )
 
 
+# Where averages over examples are compared, lines are many: those of mini-batches have a row of their own.
+_MAIN = ("pristine", "corrupt", "test")
+_REFERENCES = ("sgd", "mean3", "m3")
+
+
+def _by_row(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(what they take, the methods) of each of two rows; the references are in both."""
+    single = [method for method in methods if METHODS[method].average]
+    both = [method for method in methods if method in _REFERENCES]
+    rows = [("mini-batches", [each for each in methods if each not in single]), ("single examples", both + single)]
+    return rows if single else []
+
+
 def _draw(table: pd.DataFrame, path: Path) -> None:
     """Accuracies and the gap against epochs, one line for each method."""
-    figure, axes = figures.grid(2, 3)
+    methods = [*table["method"].unique()]
     panels = [panel for panel in _PANELS if panel[0] in table and table[panel[0]].notna().any()]
-    for ax in axes.flat[len(panels) :]:
+    rows = _by_row(methods)
+    if rows:
+        panels = [panel for panel in panels if panel[0] in _MAIN]
+        shown = [(panel, lines, f"averages over {of}") for of, lines in rows for panel in panels]
+        figure, axes = figures.grid(2, len(panels), (12, 7.4))
+    else:
+        shown = [(panel, methods, "") for panel in panels]
+        figure, axes = figures.grid(2, 3)
+    for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
-    for ax, (key, label) in zip(axes.flat, panels, strict=False):
-        for method in table["method"].unique():
+    for ax, ((key, label), lines, title) in zip(axes.flat, shown, strict=False):
+        for method in lines:
             figures.band(ax, curve(table[table["method"] == method], key), METHODS[method].line)
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
+        ax.set_title(title, fontsize=10)
         if key == "loss":
             ax.set_ylim(bottom=0)
         else:
             figures.percent_axis(ax)
         if key not in ("loss", "gap"):
             figures.chance(ax, table["chance"].iloc[0])
-    figures.legend(figure, axes[0, 0])
+    figures.legend(figure, *axes[:, 0], columns=4 if rows else 6)
     figures.save(figure, path)
 
 
@@ -109,7 +131,8 @@ def section(config: NoiseConfig, rows: list[Row], folder: Path) -> Section:
     pictures: tuple[Figure, ...] = ()
     if rows:
         _draw(table, folder / "noise.png")
-        pictures = (Figure("noise.png", _CAPTION.format(seeds=config.seeds)),)
+        caption = (_OF_ROWS if _by_row(config.methods) else _CAPTION).format(seeds=config.seeds)
+        pictures = (Figure("noise.png", caption),)
     results, tables = (), ()
     if rows and complete:
         results, tables = tuple(claims(table)), tuple(table_at(table, when) for when in whens(table))
@@ -139,6 +162,13 @@ _CAPTION = (
     "generalisation gap, training accuracy as labelled less test accuracy. A good method is high on pristine, "
     "true and test, and low on corrupt as labelled. Lines are means over {seeds} seed(s), bands their 95% "
     "intervals; the dotted line is chance."
+)
+_OF_ROWS = (
+    "Accuracy against epochs: on training examples whose label is right (pristine), on those whose label was changed "
+    "(corrupt), counted by the wrong label they carry, and on the test set. Above, methods that take the gradients of "
+    "mini-batches; below, averages over single examples, beside SGD, M3 and the mean of the same three mini-batches. A "
+    "good method is high on pristine and test, and low on corrupt. Lines are means over {seeds} seed(s), bands their "
+    "95% intervals; the dotted line is chance."
 )
 _SAME = (
     " A network that fits all of them has memorised those. The same network ({model}) is trained from the same start "

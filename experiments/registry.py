@@ -3,6 +3,7 @@
 from . import (
     adversarial_init,
     bound,
+    calibration,
     coherence,
     demo,
     early_stopping,
@@ -14,6 +15,7 @@ from . import (
     noisy_labels,
     robust,
     width_depth,
+    winsorize,
 )
 from .experiment import AnyExperiment
 
@@ -27,6 +29,7 @@ def by_name(*experiments: AnyExperiment) -> dict[str, AnyExperiment]:
 
 
 EXPERIMENTS = by_name(
+    calibration.EXPERIMENT,
     coherence.EXPERIMENT,
     noise.EXPERIMENT,
     demo.EXPERIMENT,
@@ -41,4 +44,5 @@ EXPERIMENTS = by_name(
     adversarial_init.EXPERIMENT,
     bound.EXPERIMENT,
     illustration.EXPERIMENT,
+    winsorize.EXPERIMENT,
 )

@@ -14,7 +14,7 @@ from .configs import TFDS, Hidden, MethodNames
 from .data import Noise
 from .examples import Examples
 from .experiment import Experiment
-from .methods import METHODS
+from .methods import METHODS, PER_SIDE
 from .run_folder import RunFolder
 from .seconds import keep_seconds
 from .section import Row, Section
@@ -70,7 +70,7 @@ class RobustConfig(ComparisonConfig):
     """Each method takes the one that validates best, once without wrong labels and once with 40% redrawn."""
     coherence: bool = False
     """Measure the coherence of the training sample too; each time costs about an epoch of training."""
-    methods: MethodNames = tuple(name for name in METHODS if name != "ra3")
+    methods: MethodNames = tuple(name for name in METHODS if name not in ("ra3", *PER_SIDE))
     """What is compared; see noise."""
     cells: CellNames = (*CELLS,)
     """clean: labels as they are. uniform20, uniform40, uniform50: so many per cent redrawn uniformly. class40: 40%,

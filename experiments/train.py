@@ -44,6 +44,10 @@ class Recipe(NamedTuple):
     learning_rate: float
     weight_decay: float = 0.0  # added to the gradients before they are aggregated, as in the papers
     decay_at: tuple[int, ...] = ()  # epochs after which the learning rate is a tenth of what it was
+    optimizer: str = "sgd"
+
+
+_OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 
 
 class Trainer(NamedTuple):
@@ -72,7 +76,7 @@ def trainer(model: nn.Module, method: str, recipe: Recipe, num_examples: int) ->
         raise ValueError(f"Expected {what} or more to train on, got {num_examples} examples.")
     drops = {per_epoch * epoch: 0.1 for epoch in recipe.decay_at}
     rate = optax.piecewise_constant_schedule(recipe.learning_rate, drops) if drops else recipe.learning_rate
-    optimizer = optax.chain(METHODS[method].transform(), optax.sgd(rate))
+    optimizer = optax.chain(METHODS[method].transform(), _OPTIMIZERS[recipe.optimizer](rate))
     gradient = _gradient(model, METHODS[method], rows_per_step)
 
     def begin(params: Any) -> State:

@@ -12,7 +12,7 @@ import pytest
 from processes import free_port, outputs, running
 
 from benchmarks.kills import ENVIRONMENT
-from experiments import comparison, data, loop, moments, robust_report
+from experiments import comparison, data, loop, moments, noise, robust_report
 from experiments.__main__ import main
 from experiments.arrays import InMemory
 from experiments.checks import check
@@ -52,6 +52,15 @@ def test_class_noise_sends_each_class_to_one_other():
 @pytest.fixture(scope="module")
 def digits():
     return InMemory(NoiseConfig(data="digits"))
+
+
+def test_averages_over_examples_have_a_row_beside_the_references():
+    methods = ("sgd", "mean3", "m3", "rm3", "clip", "geomed")
+    assert noise._by_row(methods) == [
+        ("mini-batches", ["sgd", "mean3", "m3", "rm3"]),
+        ("single examples", ["sgd", "mean3", "m3", "clip", "geomed"]),
+    ]
+    assert noise._by_row(methods[:4]) == []
 
 
 def test_without_options_the_noise_is_what_it_was(digits):

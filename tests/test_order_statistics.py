@@ -89,6 +89,31 @@ def test_a_nan_spoils_its_coordinate_alone(name, k):
         np.testing.assert_array_equal(got, np.arange(9) < 6)
 
 
+@pytest.mark.parametrize(
+    ("k", "clip", "dtype"),
+    [
+        *((k, clip, jnp.float32) for k, clip in ((17, 7), (17, 8), (18, 8), (100, 1), (100, 4), (100, 5), (161, 1))),
+        *((17, 0, dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float64)),
+    ],
+)
+def test_winsorized_means_are_those_of_a_sort_on_either_side_of_each_limit(k, clip, dtype):
+    with jax.enable_x64(True):
+        values = jnp.asarray(_values(k), dtype)
+        signs = np.random.default_rng(k).choice([-1, 1], (k, 3))
+        spoilt = jnp.where(jnp.arange(k)[:, None] == k // 2, jnp.nan, values)
+        large = float(jnp.finfo(dtype).max) * jnp.asarray(signs, dtype)
+        rule = jax.jit(lambda values: cg.winsorized_mean(clip)(jnp.concatenate([values, spoilt, large], 1)))
+        got, of_nan, of_large = np.split(np.asarray(rule(values), np.float64), [values.shape[1], 2 * values.shape[1]])
+        with np.errstate(invalid="ignore"):
+            want = _wanted("winsorized", values, clip)
+        finite, size = np.isfinite(want), np.abs(np.where(np.isfinite(values), values, 0).astype(np.float64)).max(0)
+        np.testing.assert_array_equal(got[~finite], want[~finite])
+        assert (np.abs(got[finite] - want[finite]) <= 4 * float(jnp.finfo(dtype).eps) * size[finite]).all()
+        assert np.isnan(of_nan).all()
+        share = _wanted("winsorized", signs, clip)
+        np.testing.assert_allclose(of_large / float(jnp.finfo(dtype).max), share, atol=0.01)
+
+
 @pytest.mark.parametrize("k", [17, 100])
 def test_the_trimmed_mean_of_equal_values_is_that_value(k):
     for value in (3.1, 3e38, np.inf, -np.inf):
