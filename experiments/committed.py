@@ -9,7 +9,11 @@ COMMITTED: dict[str, tuple[str, ...]] = {
     "illustration": ("illustration",),
     "calibration": ("calibration",),
     "coherence": ("coherence",),
-    "noise": ("noise",),
+    "noise": (
+        *("noise", "--methods", "sgd", "mean3", "m3", "rm3", "ra3", "clip", "agreement", "clip_agreement", "geomed"),
+        *("trim_loss", "--width", "256", "--epochs", "60", "--every", "3", "--no-coherence", "--validation", "0.2"),
+        *("--learning-rates", "0.03", "0.1", "0.3", "1", "--seeds", "5"),
+    ),
     "winsorize": ("winsorize",),
     "easy-hard": ("easy-hard",),
     "noisy-labels": ("noisy-labels",),
