@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, noise, robust
+from . import coherence, demo, imagenet, noise, predictor, robust
 from .experiment import AnyExperiment
 
 
@@ -19,4 +19,5 @@ EXPERIMENTS = by_name(
     imagenet.COHERENCE,
     imagenet.NOISE,
     robust.EXPERIMENT,
+    predictor.EXPERIMENT,
 )
