@@ -13,6 +13,7 @@ from . import (
     linear_to_deep,
     noise,
     noisy_labels,
+    predictor,
     robust,
     width_depth,
     winsorize,
@@ -45,4 +46,5 @@ EXPERIMENTS = by_name(
     bound.EXPERIMENT,
     illustration.EXPERIMENT,
     winsorize.EXPERIMENT,
+    predictor.EXPERIMENT,
 )
