@@ -1,6 +1,6 @@
 """EXPERIMENTS: everything that can be run, by name. A new experiment is one file, and one line here."""
 
-from . import coherence, demo, imagenet, noise, robust
+from . import coherence, coherence_batch_norm, coherence_networks, demo, imagenet, noise, robust
 from .experiment import AnyExperiment
 
 
@@ -14,6 +14,11 @@ def by_name(*experiments: AnyExperiment) -> dict[str, AnyExperiment]:
 
 EXPERIMENTS = by_name(
     coherence.EXPERIMENT,
+    coherence_networks.EXPERIMENT,
+    coherence_networks.MLP,
+    coherence_networks.CNN,
+    coherence_networks.RESNET,
+    coherence_batch_norm.EXPERIMENT,
     noise.EXPERIMENT,
     demo.EXPERIMENT,
     imagenet.COHERENCE,
