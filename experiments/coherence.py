@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import pandas as pd
@@ -15,7 +15,7 @@ from . import figures, loop
 from .configs import Config, Hidden, described
 from .examples import Examples, Guesses
 from .experiment import Experiment
-from .label_order import LINES, LOSSES, SAMPLES, SHARES, claims, equal_loss_table
+from .label_order import LINES, LOSSES, SAMPLES, SHARES, Labels, claims, equal_loss_table
 from .run_folder import RunFolder
 from .section import Figure, Row, Section, curve, frame
 
@@ -32,7 +32,7 @@ class CoherenceConfig(Config):
 
     early: int = 9
     """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
-    labels: tuple[Literal["real", "half", "random"], ...] = ("real", "random")
+    labels: tuple[Labels, ...] = ("real", "random")
     """Train with each of these. real: the labels as they are. half: half of them drawn at random. random: all of them
     drawn at random. Test labels are drawn in the same way."""
 

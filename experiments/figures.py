@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -19,7 +19,9 @@ _MOST_LINES = 20
 _SIZE = (12, 6.8)  # inches
 
 
-def grid(rows: int, columns: int, size: tuple[float, float] = _SIZE, *, share_y: bool = False) -> tuple[Any, Any]:
+def grid(
+    rows: int, columns: int, size: tuple[float, float] = _SIZE, *, share_y: bool | Literal["row"] = False
+) -> tuple[Any, Any]:
     """A figure and its axes [rows, columns], each with a light grid."""
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=share_y)
     for ax in axes.flat:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from .claims import Claim, Result, with_spread
 from .line import Line
 from .section import Table, by_seed
 
+Labels = Literal["real", "half", "random"]
 LINES = {
     "real": Line("real labels", "tab:blue"),
     "half": Line("50% random labels", "tab:green", "-."),

@@ -77,7 +77,7 @@ def measured_at(per_epoch: int, config: Config) -> list[int]:
     """
     last = per_epoch * config.epochs
     if config.log_grid:
-        return sorted({0, *np.round(np.geomspace(1, last, config.log_grid)).astype(int).tolist(), last})
+        return sorted({0, *np.round(np.geomspace(1, last, config.log_grid + 1)[1:]).astype(int).tolist()})
     grid = np.geomspace(1, per_epoch, min(per_epoch, config.early)) if config.early else np.zeros(1)
     epochs = range(0, config.epochs, config.every)
     return sorted({*np.round(grid).astype(int).tolist(), *(per_epoch * e for e in epochs), last})

@@ -81,7 +81,7 @@ def claims(table: pd.DataFrame, sizes: Sequence[int]) -> list[Result]:
         detail = f"Measured at epoch {part['epoch'].iloc[0]:.3g}."
         r, unbiased = (_by_size(part, quantity, sizes) for quantity in ("r", "alpha_unbiased"))
         with np.errstate(all="ignore"):
-            moves = [np.log(each.T[large] / each.T[small]).abs() for each in (r, unbiased)]
+            moves = [(each.T[large] / each.T[small]).map(np.log).abs() for each in (r, unbiased)]
         claim = Claim(
             f"{when} on real labels, r moves more with m than α_unbiased does.",
             f"|log of the ratio, m = {large:,} over m = {small:,}| of r less that of α_unbiased",
@@ -127,7 +127,7 @@ _PANELS = (("r", "m-coherence r [examples]"), ("alpha_unbiased", "unbiased coher
 def draw(table: pd.DataFrame, sizes: Sequence[int], path: Path) -> None:
     """r and α_unbiased against m: before training, after about one epoch, and at the end."""
     moments = (("start", 0.0), ("about one epoch", 1.0), ("end", float(table["epoch"].max())))
-    figure, axes = figures.grid(2, len(moments))
+    figure, axes = figures.grid(2, len(moments), (12, 7.4), share_y="row")
     for line, (quantity, label) in zip(axes, _PANELS, strict=True):
         for ax, (when, epoch) in zip(line, moments, strict=True):
             part = _at(table, epoch)
