@@ -62,6 +62,8 @@ def _check_training(config: Config) -> None:
             raise ValueError(f"Expected {name} >= 0 and finite, got {name}={getattr(config, name)}.")
     if not 0 < config.learning_rate < math.inf:
         raise ValueError(f"Expected learning_rate > 0 and finite, got learning_rate={config.learning_rate}.")
+    if config.log_grid < 0:
+        raise ValueError(f"Expected log_grid >= 0, got log_grid={config.log_grid}.")
     _check_data(config)
     if any(epoch < 1 for epoch in config.decay_at) or len(set(config.decay_at)) < len(config.decay_at):
         raise ValueError(f"Expected decay_at to be different epochs >= 1, got decay_at={config.decay_at}.")

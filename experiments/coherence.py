@@ -1,31 +1,23 @@
 """Coherence while a network trains on real and on random labels."""
 
 import dataclasses
-import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
 
-from . import figures, loop
-from .claims import Claim, Result, with_spread
-from .configs import Config, Hidden, described
-from .examples import Examples
-from .experiment import Experiment
-from .line import Line
-from .run_folder import RunFolder
-from .section import Figure, Row, Section, Table, by_seed, curve, frame
+import cg_jax as cg
 
-LINES = {"real": Line("real labels", "tab:blue"), "random": Line("random labels", "tab:red", "--")}
-SAMPLES = {"train": "training sample", "test": "test sample"}
-# Training losses, in nats, at which real and random labels are compared.
-_LOSSES = (
-    *(6.75, 6.5, 6.0, 5.0, 4.0, 3.0, 2.5, 2.25, 2.2, 2.1, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75),
-    *(0.5, 0.25, 0.1, 0.05, 0.02, 0.01),
-)
+from . import figures, loop
+from .configs import Config, Hidden, described
+from .examples import Examples, Guesses
+from .experiment import Experiment
+from .label_order import LINES, LOSSES, SAMPLES, SHARES, Labels, claims, equal_loss_table
+from .run_folder import RunFolder
+from .section import Figure, Row, Section, curve, frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,32 +32,50 @@ class CoherenceConfig(Config):
 
     early: int = 9
     """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
+    labels: tuple[Labels, ...] = ("real", "random")
+    """Train with each of these. real: the labels as they are. half: half of them drawn at random. random: all of them
+    drawn at random. Test labels are drawn in the same way."""
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Training losses, in nats, at which the kinds of labels are compared."""
+        return LOSSES
+
+    def check(self) -> None:
+        """ValueError where the labels are none, or one of them comes twice."""
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"Expected labels to be different ones, at least one, got labels={self.labels}.")
 
 
 def measure(config: CoherenceConfig, problem: loop.Problem, folder: RunFolder) -> None:
-    """Train on real and on random labels, seed by seed, and measure on the way."""
-    seeds = range(config.seed, config.seed + config.seeds)
-    trainings = [_training(labels, seed) for seed in seeds for labels in LINES]
-    loop.train_all(config, problem, folder, trainings)
+    """Train on each kind of labels, seed by seed, and measure on the way."""
+    loop.train_all(config, problem, folder, trainings(config, lambda _: _measurement))
 
 
-def _training(labels: str, seed: int) -> loop.Training:
-    share = 1.0 if labels == "random" else 0.0
-    return loop.Training(
-        f"coherence · {labels} · seed {seed}",
-        {"labels": labels, "seed": seed},
-        "sgd",
-        (share, share),
-        _measurement,
-        lambda row: {"loss": f"{row['train']['loss']:.3f}", "r": f"{row['train']['r']:.1f}"},
-    )
+def trainings(config: CoherenceConfig, measurement: Callable[[int], Any]) -> list[loop.Training]:
+    """One for each seed and each kind of labels; `measurement` says, of a seed, what is measured."""
+    return [
+        loop.Training(
+            f"{config.name} · {labels} · seed {seed}",
+            {"labels": labels, "seed": seed},
+            "sgd",
+            (SHARES[labels], SHARES[labels]),
+            measurement(seed),
+            lambda row: {"loss": f"{row['train']['loss']:.3f}", "r": f"{row['train']['r']:.1f}"},
+        )
+        for seed in range(config.seed, config.seed + config.seeds)
+        for labels in config.labels
+    ]
 
 
 def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
+    return row_of(*(examples.measure(name, model, params) for name in SAMPLES))
+
+
+def row_of(train: tuple[cg.Coherence, Guesses], test: tuple[cg.Coherence, Guesses]) -> Row:
     """Coherence and accuracy on both samples; the parts of each tensor on the training sample."""
     row: Row = {}
-    for name in SAMPLES:
-        coherence, seen = examples.measure(name, model, params)
+    for name, (coherence, seen) in zip(SAMPLES, (train, test), strict=True):
         row[name] = {
             "alpha": float(coherence.alpha),
             "r": float(coherence.m_coherence),
@@ -76,138 +86,15 @@ def _measurement(examples: Examples, model: nn.Module, params: Any) -> Row:
             "count": int(coherence.count),
         }
         if name == "train":
-            tensors = coherence.per_tensor.items()
             row["per_tensor"] = {
                 tensor.removeprefix("params/"): {
                     "alpha": float(part.alpha),
                     "r": float(part.m_coherence),
                     "share": float(part.share),
                 }
-                for tensor, part in tensors
+                for tensor, part in coherence.per_tensor.items()
             }
     return row
-
-
-def r_at_loss(run: pd.DataFrame, sample: str, loss: float) -> float:
-    """r when the training loss first falls through `loss`, log r interpolated; NaN if it does not get there."""
-    r = run[f"{sample}/r"].to_numpy(float)
-    for i, (before, after) in enumerate(itertools.pairwise(run["train/loss"].to_numpy(float))):
-        if after <= loss <= before and after < before:
-            part = (before - loss) / (before - after)
-            return float(np.exp(np.log(r[i]) + part * (np.log(r[i + 1]) - np.log(r[i]))))
-    return float("nan")
-
-
-# r by labels, each [losses or epochs, seed], where every run was measured.
-ByLabels = dict[str, pd.DataFrame]
-
-
-def at_equal_loss(table: pd.DataFrame, sample: str) -> ByLabels:
-    """r at the training losses that every run reached."""
-    r = {
-        labels: pd.DataFrame(
-            {
-                seed: [r_at_loss(run, sample, loss) for loss in _LOSSES]
-                for seed, run in table[table["labels"] == labels].groupby("seed")
-            },
-            index=pd.Index(_LOSSES, name="loss"),
-        )
-        for labels in LINES
-    }
-    return _common(r)
-
-
-def at_equal_epoch(table: pd.DataFrame, sample: str) -> ByLabels:
-    """r at the epochs where every run was measured."""
-    return _common({labels: by_seed(table[table["labels"] == labels], f"{sample}/r") for labels in LINES})
-
-
-def _common(r: ByLabels) -> ByLabels:
-    """The seeds that both kinds of labels have, at the points where none of them lacks a number."""
-    seeds = r["real"].columns.intersection(r["random"].columns)
-    both = pd.concat({labels: part[seeds] for labels, part in r.items()}, axis=1, join="inner").dropna()
-    return {labels: pd.DataFrame(both[labels]) for labels in r}
-
-
-def _start(sample: str, r: ByLabels) -> Result:
-    claim = Claim(
-        f"At the start, before any training, r of real labels is above r of random ones on the {SAMPLES[sample]}.",
-        f"m-coherence r of the {SAMPLES[sample]} at epoch 0, real labels over random ones",
-        "×",
-        1,
-        "ratio",
-    )
-    if 0.0 not in r["real"].index:
-        return claim.judged(pd.Series(dtype=float), detail="No run was measured at its start.")
-    return claim.compared(r["real"].T[0.0], r["random"].T[0.0])
-
-
-def _throughout(sample: str, against: str, r: ByLabels) -> Result:
-    """Whether r of real labels is above that of random ones at every point: by the least ratio of each seed."""
-    claim = Claim(
-        f"On the {SAMPLES[sample]}, r of real labels is above r of random ones at every common {against}.",
-        f"least ratio of m-coherence r, real labels over random ones, over the common values of the {against}",
-        "×",
-        1,
-        "ratio",
-    )
-    ratios = r["real"] / r["random"]
-    if ratios.empty:
-        return claim.judged(pd.Series(dtype=float), detail=f"The runs have no {against} in common.")
-    return claim.judged(ratios.min(), detail=_where(ratios))
-
-
-def _where(ratios: pd.DataFrame) -> str:
-    """Up to which point the ratios of all seeds are above 1, and how the first that is not fails."""
-    points, least = ratios.index, ratios.min(axis=1)
-    side = "down to" if points[0] > points[-1] else "up to"
-    below = np.flatnonzero(least.to_numpy() <= 1)
-    if not below.size:
-        return f"Above 1 in every seed from {points[0]:.3g} {side} {points[-1]:.3g}; {_range(ratios)}."
-    first = below[0]
-    failing = ratios.iloc[first]
-    low, high = f"{failing.min():.2f}", f"{failing.max():.2f}"
-    fails = (
-        f"at {points[first]:.3g} it is not in {(failing <= 1).sum()} of {len(failing)} seed(s) "
-        f"(ratio {low if low == high else f'{low} to {high}'})"
-    )
-    rest = f"From there on the mean ratio is {ratios.iloc[first:].mean(axis=1).min():.2f} at the least"
-    if not first:
-        return f"Above 1 in every seed at no {points.name}: {fails}. {rest}."
-    until = f"from {points[0]:.3g} {side} {points[first - 1]:.3g}"
-    return f"Above 1 in every seed {until}, where {_range(ratios.iloc[:first])}; {fails}. {rest}."
-
-
-def _range(ratios: pd.DataFrame) -> str:
-    means = ratios.mean(axis=1)
-    return f"the mean ratio is {means.min():.2f} to {means.max():.2f}"
-
-
-def claims(table: pd.DataFrame) -> list[Result]:
-    """Three for each sample."""
-    out: list[Result] = []
-    for sample in SAMPLES:
-        by_epoch = at_equal_epoch(table, sample)
-        out += [
-            _start(sample, by_epoch),
-            _throughout(sample, "training loss", at_equal_loss(table, sample)),
-            _throughout(sample, "epoch", by_epoch),
-        ]
-    return out
-
-
-def _table(table: pd.DataFrame) -> Table:
-    parts = {sample: at_equal_loss(table, sample) for sample in SAMPLES}
-    lines: list[tuple[str, ...]] = []
-    for loss in parts["train"]["real"].index:
-        line = [f"{loss:.2f}"]
-        for sample in SAMPLES:
-            real, random = (parts[sample][labels].T[loss] for labels in LINES)
-            line += [with_spread(real), with_spread(random), with_spread(real / random, "{:.2f}")]
-        lines.append(tuple(line))
-    heads = [f"{sample}: {column}" for sample in SAMPLES for column in ("r real", "r random", "ratio")]
-    note = "r when the training loss first falls through the value, interpolated between checkpoints; ± one deviation."
-    return Table("r at equal training loss", ("training loss [nats]", *heads), tuple(lines), note)
 
 
 def _draw(table: pd.DataFrame, counts: dict[str, int], path: Path) -> None:
@@ -241,7 +128,7 @@ def section(config: CoherenceConfig, rows: list[Row], folder: Path) -> Section:
     """The claims, the table and the figures that follow from what was measured."""
     table = frame(rows)
     counts = {sample: rows[0][sample]["count"] if rows else 0 for sample in SAMPLES}
-    both = bool(rows) and set(table["labels"]) == set(LINES)
+    every = bool(rows) and len(config.labels) > 1 and set(table["labels"]) == set(config.labels)
     pictures: tuple[Figure, ...] = ()
     if rows:
         _draw(table, counts, folder / "coherence.png")
@@ -251,8 +138,12 @@ def section(config: CoherenceConfig, rows: list[Row], folder: Path) -> Section:
             Figure("per_tensor.png", "r of each tensor, or module, on the training sample; geometric mean over seeds."),
         )
     values = {"data": config.data, "model": config.model, "lr": config.learning_rate, "batch": config.batch_size}
+    values |= {"times": _TIMES[len(config.labels) - 1]}
+    values |= {"kinds": ", ".join(_TRAINED[labels] for labels in LINES if labels in config.labels)}
     text = tuple(part.format(**values, **counts) for part in (*_TEXT, described(config)))
-    results, tables = (tuple(claims(table)), (_table(table),)) if both else ((), ())
+    both = {"real", "random"} <= set(config.labels)
+    results = tuple(claims(table, config.losses)) if every else ()
+    tables = (equal_loss_table(table, config.losses),) if every and both else ()
     return Section(config.name, "Real against random labels", text, results, tables, pictures)
 
 
@@ -262,10 +153,15 @@ _CAPTION = (
     "{seeds} seed(s), of r geometric ones; bands and bars are their 95% intervals. The dotted line at r = 1 is the "
     "orthogonal limit: examples that do not help each other. Values of r for different m must not be compared."
 )
+_TIMES = ("once", "twice", "three times")
+_TRAINED = {
+    "real": "once with the real labels",
+    "half": "once with labels of which half are drawn at random, those of the test sample too",
+    "random": "once with labels drawn at random, which can only be memorised one by one",
+}
 _TEXT = (
-    "The same network ({model}) is trained twice on the same images ({data}) by plain SGD (learning rate {lr}, "
-    "mini-batches of {batch}): once with the real labels, once with labels drawn at random, which can only be "
-    "memorised one by one.",
+    "The same network ({model}) is trained {times} on the same images ({data}) by plain SGD (learning rate {lr}, "
+    "mini-batches of {batch}): {kinds}.",
     "Coherence asks how much the gradients of single examples agree. With g the gradient of one example's loss, r"
     " = ‖Σ g‖² / Σ ‖g‖² says how many examples of the sample one example's gradient helps: 1 where gradients are "
     "orthogonal, m (here {train} in training, {test} in testing) where all are equal. The theory of coherent "

@@ -8,7 +8,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 COMMITTED: dict[str, tuple[str, ...]] = {
     "illustration": ("illustration",),
     "calibration": ("calibration",),
-    "coherence": ("coherence",),
+    "coherence": ("coherence-networks",),
     "noise": (
         *("noise", "--methods", "sgd", "mean3", "m3", "rm3", "ra3", "clip", "agreement", "clip_agreement", "geomed"),
         *("trim_loss", "--width", "256", "--epochs", "60", "--every", "3", "--no-coherence", "--validation", "0.2"),

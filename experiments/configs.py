@@ -108,9 +108,9 @@ class Config(SeededConfig):
     """Of tfds:NAME: how many images each process reads and decodes at a time."""
     model: ModelName = "mlp"
     """mlp: dense layers with ReLU. deep_linear: dense layers without. logistic and linear: one dense layer, trained by
-    cross-entropy and by squared error. cnn: two convolutions of 5×5, one hidden dense layer. lenet: LeNet-5, with tanh
-    and average pooling. resnet: GroupNorm, 8 or 18 layers. resnet50: ResNet-50 with BatchNorm. resnet50_gn: the same
-    with GroupNorm. vit_s16: ViT-S/16."""
+    cross-entropy and by squared error. cnn: two convolutions of 5×5, one hidden dense layer. cnn_bn: the same with
+    BatchNorm. lenet: LeNet-5, with tanh and average pooling. resnet: GroupNorm, 8 or 18 layers. resnet50: ResNet-50
+    with BatchNorm. resnet50_gn: the same with GroupNorm. vit_s16: ViT-S/16."""
     width: int | None = None
     """Units of a hidden layer (mlp, 512), channels of the first stage (cnn and resnet, 16; lenet, 6; resnet50, 64) or
     of a position (vit_s16, 384)."""
@@ -138,6 +138,8 @@ class Config(SeededConfig):
     """Measure every so many epochs, and at the start and the end."""
     early: int = 0
     """Measure so many times in the first epoch too, on a logarithmic grid of steps."""
+    log_grid: int = 0
+    """Measure so many times in all after the start instead, on a logarithmic grid of steps to the end."""
     save_every: int = 1000
     """Steps between two checkpoints; a run that was stopped goes on from the last when it is started again."""
 

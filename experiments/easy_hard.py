@@ -14,12 +14,12 @@ from matplotlib.ticker import NullFormatter
 from . import figures, loop
 from .arrays import OnDevices
 from .claims import Claim, Result, with_spread
-from .coherence import r_at_loss
 from .configs import Hidden
 from .data import Noise, load
 from .examples import Examples, coherence_of
 from .experiment import Experiment
 from .halves import as_row, correlations, learnt_ranks, split
+from .label_order import r_at_loss
 from .learning import LearningConfig, accuracy, rounded, share_of
 from .line import Line
 from .run_folder import RunFolder

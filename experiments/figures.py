@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -26,7 +26,9 @@ _INTERVALS = "95% interval over seeds"
 _STYLES, _SHAPES = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "X", "P")
 
 
-def grid(rows: int, columns: int, size: tuple[float, float] = _SIZE, *, share_y: bool = False) -> tuple[Any, Any]:
+def grid(
+    rows: int, columns: int, size: tuple[float, float] = _SIZE, *, share_y: bool | Literal["row"] = False
+) -> tuple[Any, Any]:
     """A figure and its axes [rows, columns], each with a light grid."""
     figure, axes = plt.subplots(rows, columns, figsize=size, layout=_layout(), squeeze=False, sharey=share_y)
     for ax in axes.flat:

@@ -71,10 +71,16 @@ class Clock:
 
 
 def measured_at(per_epoch: int, config: Config) -> list[int]:
-    """Steps to measure at: 0, a logarithmic grid in the first epoch, then every so many epochs, and the last."""
+    """Steps to measure at: 0, a logarithmic grid in the first epoch, then every so many epochs, and the last.
+
+    With log_grid, 0 and a logarithmic grid to the last.
+    """
+    last = per_epoch * config.epochs
+    if config.log_grid:
+        return sorted({0, *np.round(np.geomspace(1, last, config.log_grid + 1)[1:]).astype(int).tolist()})
     grid = np.geomspace(1, per_epoch, min(per_epoch, config.early)) if config.early else np.zeros(1)
     epochs = range(0, config.epochs, config.every)
-    return sorted({*np.round(grid).astype(int).tolist(), *(per_epoch * e for e in epochs), per_epoch * config.epochs})
+    return sorted({*np.round(grid).astype(int).tolist(), *(per_epoch * e for e in epochs), last})
 
 
 def opened(config: Config) -> Problem:

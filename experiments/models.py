@@ -37,16 +37,18 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two convolutions of 5×5 with max-pooling, one hidden dense layer."""
+    """Two convolutions of 5×5 with max-pooling, one hidden dense layer; BatchNorm after each convolution or none."""
 
     width: int = 16
     num_classes: int = 10
+    norm: str = ""  # "batch", or none
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Images [B, height, width, channels] → logits [B, num_classes]."""
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Images [B, height, width, channels] → logits [B, num_classes]; train: BatchNorm by this batch."""
         for features in (self.width, 2 * self.width):
-            x = nn.relu(nn.Conv(features, (5, 5))(x))
+            x = nn.Conv(features, (5, 5))(x)
+            x = nn.relu(nn.BatchNorm(not train, momentum=0.9)(x) if self.norm == "batch" else x)
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = nn.relu(nn.Dense(8 * self.width)(x.reshape(x.shape[0], -1)))
         return nn.Dense(self.num_classes)(x)
@@ -137,6 +139,9 @@ MODELS: dict[str, Network] = {
     ),
     "cnn": Network(Line("CNN", "tab:orange", "--"), CNN, depths=()),
     "lenet": Network(Line("LeNet-5", "tab:pink", ":"), LeNet, depths=()),
+    "cnn_bn": Network(
+        Line("CNN, BatchNorm", "tab:cyan", ":"), functools.partial(CNN, norm="batch"), depths=(), batch_norm=True
+    ),
     "resnet": Network(Line("ResNet, GroupNorm", "tab:green", "-."), ResNet, depths=(8, 18)),
     "resnet50": Network(Line("ResNet-50", "tab:red"), functools.partial(_resnet50, "batch"), batch_norm=True),
     "resnet50_gn": Network(Line("ResNet-50, GroupNorm", "tab:purple", "--"), functools.partial(_resnet50, "group")),

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from experiments import coherence, figures, moments
+from experiments import figures, label_order, moments
 from experiments.checks import check
 from experiments.claims import Claim, interval, spread, verdict, with_spread
 from experiments.coherence import CoherenceConfig
@@ -44,7 +44,7 @@ def _table(real, random):
 
 
 def _claims(table):
-    return {result.statement: result for result in coherence.claims(table)}
+    return {result.statement: result for result in label_order.claims(table)}
 
 
 AT_LOSS = "On the training sample, r of real labels is above r of random ones at every common training loss."
@@ -53,14 +53,14 @@ AT_EPOCH = "On the training sample, r of real labels is above r of random ones a
 
 def test_r_at_a_loss_is_interpolated_in_log_r():
     run = frame(_run("real", 0, [(0, 2.0, 100.0), (1, 1.0, 1.0)]))
-    assert coherence.r_at_loss(run, "train", 1.5) == pytest.approx(10.0)
-    assert np.isnan(coherence.r_at_loss(run, "train", 0.5))
+    assert label_order.r_at_loss(run, "train", 1.5) == pytest.approx(10.0)
+    assert np.isnan(label_order.r_at_loss(run, "train", 0.5))
 
 
 def test_the_claim_holds_where_real_is_above_random_throughout():
     table = _table(REAL, LOW)
     assert _claims(table)[AT_LOSS].verdict == "holds"
-    assert coherence.at_equal_loss(table, "train")["real"].index.min() == 0.1
+    assert label_order.at_equal_loss(table, "train")["real"].index.min() == 0.1
     assert len(_claims(table)) == 6
 
 
