@@ -52,7 +52,8 @@ def test_kinds_are_compared_where_only_those_two_have_been():
     table.loc[(table["labels"] == "real") & (table["epoch"] == 1), "train/r"] = 1.0
     results = label_order.claims(table)
     assert results[1].verdict == "contradicted"
-    assert results[1].effect is not None and results[1].effect < 0.2
+    assert results[1].effect is not None
+    assert results[1].effect < 0.2
 
 
 def _oracle(model, params, images, labels):
