@@ -34,7 +34,7 @@ class BoundConfig(Config):
     """The stability bound of Theorem 1 along runs with real, half random and random labels.
 
     `bound`: mnist5k, MLP 784-128-10, nested training sets of 450 to 3,600 examples, 5 seeds, as many steps for all;
-    about 7 minutes on 2 CPU cores. Expect the bound in the order of the measured gap, and far above it.
+    about 8 minutes on one CPU core. Expect the bound in the order of the measured gap, and far above it.
     """
 
     name: Hidden = "bound"
