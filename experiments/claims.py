@@ -77,8 +77,10 @@ class Result:
         """The effect, its interval and its unit, as text."""
         if self.effect is None:
             return ""
-        ends = "" if self.low is None or self.high is None else f" [{self.low:.3g}, {self.high:.3g}]"
-        return f"{self.effect:.3g}{ends} {self.unit}"
+        if self.low is None or self.high is None:
+            return f"{self.effect:.3g} {self.unit}"
+        effect, low, high = _apart(self.effect, self.low, self.high)
+        return f"{effect} [{low}, {high}] {self.unit}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,16 @@ class Claim:
             verdict=verdict(ends[1], ends[2], self.sign) if len(values) >= self.seeds else "not measured",
             detail=detail,
         )
+
+
+def _apart(*values: float) -> list[str]:
+    """Numbers of three digits, or of the few more that tell different ones apart.
+
+    >>> _apart(1.00131, 1.00096, 1.00166)
+    ['1.0013', '1.001', '1.0017']
+    """
+    texts = [[f"{value:.{digits}g}" for value in values] for digits in range(3, 7)]
+    return next((each for each in texts if len(set(each)) == len(set(values))), texts[-1])
 
 
 def _finite(value: float) -> float | None:
