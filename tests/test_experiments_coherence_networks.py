@@ -52,6 +52,7 @@ def test_kinds_are_compared_where_only_those_two_have_been():
     table.loc[(table["labels"] == "real") & (table["epoch"] == 1), "train/r"] = 1.0
     results = label_order.claims(table)
     assert results[1].verdict == "contradicted"
+    assert results[1].effect is not None
     assert results[1].effect < 0.2
 
 
@@ -216,7 +217,7 @@ def test_all_networks_leave_one_report(tmp_path):
     out = tmp_path / "run"
     assert main(["coherence-networks", "--smoke", "--out", str(out)]) == 0
     sections = json.loads((out / "summary.json").read_text())["sections"]
-    assert [section["name"] for section in sections] == [part.name for part in NetworksConfig().parts()]
-    assert [len(section["claims"]) for section in sections] == [11, 6, 6, 3]
-    assert all((out / section["name"] / "figures" / "coherence.png").exists() for section in sections[:3])
+    assert [section["name"] for section in sections] == [part.name for part in NetworksConfig(smoke=True).parts()]
+    assert [len(section["claims"]) for section in sections] == [11, 6, 3]
+    assert all((out / section["name"] / "figures" / "coherence.png").exists() for section in sections[:2])
     assert (out / "coherence-batchnorm" / "figures" / "estimators.png").exists()
