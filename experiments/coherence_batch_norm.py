@@ -25,7 +25,7 @@ from .section import Figure, Row, Section, by_seed, curve, frame
 
 LINES = {
     "exact": Line("exact, running averages", "tab:blue"),
-    "control": Line("mean gradients of batches, running averages (control)", "black", ":"),
+    "control": Line("mean gradients of batches, running averages (control)", "tab:gray", "-."),
     "batch": Line("mean gradients of batches, each normalised by itself (paper)", "tab:red", "--"),
 }
 _LABELS = {"real": "real labels", "random": "random labels"}
@@ -89,7 +89,7 @@ def _control(model: nn.Module) -> Callable[..., jax.Array]:
 
 
 def estimates(model: nn.Module, params: Any, sample: Any, batch_size: int) -> Row:
-    """m-coherence r of a sample by each estimator on the same parameters, and the exact mean loss."""
+    """m-coherence r of a sample by each estimator on the same parameters, and the exact mean loss; and m."""
     trained, state = models.with_state(params)
     losses = {"exact": models.loss_of(model), "control": _control(model), "batch": models.mean_loss_of(model)}
     found = {
@@ -99,7 +99,9 @@ def estimates(model: nn.Module, params: Any, sample: Any, batch_size: int) -> Ro
         for name, loss in losses.items()
     }
     numbers = {name: each.m_coherence for name, each in found.items()} | {"loss": found["exact"].loss}
-    return {name: float(f"{float(value):.6g}") for name, value in numbers.items()}
+    return {name: float(f"{float(value):.6g}") for name, value in numbers.items()} | {
+        "count": int(found["exact"].count)
+    }
 
 
 def claims(table: pd.DataFrame) -> list[Result]:
@@ -155,7 +157,7 @@ def section(config: BatchNormConfig, rows: list[Row], folder: Path) -> Section:
     pictures: tuple[Figure, ...] = ()
     if rows:
         _draw(table, folder / "estimators.png")
-        pictures = (Figure("estimators.png", _CAPTION.format(m=config.num_train, seeds=config.seeds)),)
+        pictures = (Figure("estimators.png", _CAPTION.format(m=rows[0]["count"], seeds=config.seeds)),)
     results = tuple(claims(table)) if rows and set(table["labels"]) == set(_LABELS) else ()
     values = {"data": config.data, "lr": config.learning_rate, "batch": config.batch_size}
     values |= {"model": MODELS[config.model].line.label, "k": config.measure_batch_size}

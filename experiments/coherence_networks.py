@@ -137,7 +137,7 @@ RESNET = _network("resnet", "a ResNet-8, GroupNorm", width=8, epochs=2, log_grid
 class NetworksConfig(RunConfig):
     """Coherence at full size: MLP, CNN and ResNet-8 on 50,000 examples of Fashion-MNIST, and estimators on BatchNorm.
 
-    `coherence-networks`: real, half random and random labels.
+    `coherence-networks`: real, half random and random labels; about 90 minutes on one CPU core.
     """
 
     name: Hidden = "coherence-networks"
@@ -154,10 +154,11 @@ class NetworksConfig(RunConfig):
     """Try it: a tiny data set and networks, 2 epochs; a minute on 2 CPU cores."""
 
     def parts(self) -> tuple[Config, ...]:
-        """MLP, CNN, ResNet-8 and the comparison of estimators."""
+        """MLP, CNN, ResNet-8 (but for a smoke test, which it would double) and the comparison of estimators."""
         given = {"seed": self.seed, "data_dir": self.data_dir, "smoke": self.smoke}
         convolutions: tuple[NetworkConfig | BatchNormConfig, ...] = (
-            *(CNN.config, RESNET.config),
+            CNN.config,
+            *(() if self.smoke else (RESNET.config,)),
             coherence_batch_norm.EXPERIMENT.config,
         )
         return (
