@@ -29,8 +29,8 @@ _TESTS = 1000
 class IllustrationConfig(SeededConfig):
     """Single examples' gradients and their average: drawings, and a toy by three averages.
 
-    `illustration`: linear regression on inputs drawn by the seed; about 20 seconds on 2 CPU cores. Expect the average
-    to fit corrupt examples by what is their own, and the medians to learn what examples share.
+    `illustration`: linear regression on inputs drawn by the seed; about half a minute on one CPU core. Expect the
+    average to fit corrupt examples by what is their own, and the medians to learn what examples share.
     """
 
     name: Hidden = "illustration"

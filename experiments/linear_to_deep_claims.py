@@ -54,10 +54,10 @@ def difference(gap: AtLosses, batches: str) -> pd.Series:
 
 
 def _judged(claim: Claim, by_kind: Mapping[str, pd.Series]) -> Result:
-    """By the effect of each seed in the model, of those that have that seed, where it is least as predicted."""
+    """By the effect of each seed that all models have, in the model where it is least as predicted."""
     least = np.min if claim.sign > 0 else np.max  # NaN of one model is NaN
-    seeds = sorted({seed for values in by_kind.values() for seed in values.index})
-    effects = {seed: least([values[seed] for values in by_kind.values() if seed in values.index]) for seed in seeds}
+    seeds = sorted(set.intersection(*({*values.index} for values in by_kind.values())))
+    effects = {seed: least([values[seed] for values in by_kind.values()]) for seed in seeds}
     models = "; ".join(f"{MODELS[kind].line.label} {with_spread(values)}" for kind, values in by_kind.items())
     return claim.judged(pd.Series(effects, dtype=float), detail=f"By model: {models}.")
 

@@ -128,6 +128,7 @@ def train_all(
         stages_own = stage(folder.rows)
         _add_differing(differing, config, problem, stages_own)
         groups = _together(differing, stages_own)
+        _check_continuing(groups)
         for part, group in enumerate(groups, first):
             if part < position.part:
                 continue
@@ -146,13 +147,19 @@ def _together(differing: "_Differing", trainings: Sequence[Training]) -> list[li
     """The trainings, those that one program trains together; else each alone, in their order."""
     groups: dict[Any, list[Training]] = {}
     for number, training in enumerate(trainings):
-        if training.continues and trainings[number - 1].marks["seed"] != training.marks["seed"]:
-            raise ValueError(f"Expected a training of the same seed before {training.title}, which continues it.")
         marks = {name: value for name, value in training.marks.items() if name != "seed"}
         alike = repr((marks, training.method, training.noise, training.continues, sorted(training.changes.items())))
         own, problem = differing[_key(training)]
         groups.setdefault(alike if _vmapped(own, problem, training) else number, []).append(training)
     return list(groups.values())
+
+
+def _check_continuing(groups: Sequence[Sequence[Training]]) -> None:
+    """ValueError where what continues, continues no training of the same seed."""
+    for number, group in enumerate(groups):
+        seeds, before = ([each.marks["seed"] for each in part] for part in (group, groups[number - 1]))
+        if group[0].continues and (not number or seeds != before):
+            raise ValueError(f"Expected a training of the same seed before {group[0].title}, which continues it.")
 
 
 def _vmapped(config: Config, problem: Problem, training: Training) -> bool:
@@ -215,6 +222,8 @@ def _filled(state: Any, leaves: list[np.ndarray] | None) -> Any:
     """The state that the leaves of a checkpoint are of; where there are several processes, those of the first."""
     like, structure = jax.tree.flatten(jax.device_get(state))
     kept = like if leaves is None else leaves
+    if [np.shape(leaf) for leaf in kept] != [np.shape(leaf) for leaf in like]:
+        raise ValueError("Expected a checkpoint of this training, got one of another version: name another folder.")
     if jax.process_count() > 1:
         kept = multihost_utils.broadcast_one_to_all(kept)
     return jax.tree.unflatten(structure, kept)

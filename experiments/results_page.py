@@ -23,7 +23,8 @@ Each claim of the theory of coherent gradients ([docs/theory.md](../docs/theory.
 [arXiv 2203.10036](https://arxiv.org/abs/2203.10036)) was written down, and committed, before the run that tests it. The
 effect is a paired difference or ratio over seeds with its 95% interval (Student's t). A claim **holds** where the
 interval lies on the predicted side of no effect, is **contradicted** where it lies on the other, **not shown** where
-the interval contains no effect, and **not measured** with fewer than three seeds.
+the interval contains no effect, and **not measured** with fewer than three seeds, or where the effect of one is not
+finite.
 """
 _AFTER = """
 `make results` measures all of it again, one experiment after another, and `make results-NAME` one. Both go on where

@@ -152,7 +152,7 @@ def test_claims_on_all_models_follow_the_worst_of_them():
     assert [result.verdict for result in results] == ["holds"] * 5
     assert results[0].effect == pytest.approx(10, rel=0.01)
     assert results[1].effect == pytest.approx(-40, rel=0.01)
-    assert results[0].seeds == 5
+    assert results[0].seeds == 3  # the CNN has no more
     against = _of_kinds((2, 0.5), (20, 0.1))
     assert [r.verdict for r in linear_to_deep_claims.claims(kinds, against)][:4] == ["contradicted"] * 4
     weak = linear_to_deep_claims.claims(kinds, _of_kinds((20, 0.1), (2, 0.5), full=0.2))
