@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from . import __main__, results_page
+from . import __main__, claims_page
 from .committed import COMMITTED, RESULTS
 from .errors import OF_INPUTS, first_line
 from .run_folder import require_usable
@@ -78,7 +78,7 @@ def reproduced(name: str) -> int:
     elif status := run(name, out):
         return status
     keep(out, RESULTS / name, time.perf_counter() - begun)
-    results_page.write()
+    claims_page.write()
     return 0
 
 

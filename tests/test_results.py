@@ -8,10 +8,10 @@ import subprocess
 import pandas as pd
 import pytest
 
-from experiments import reproduce, results_page
+from experiments import claims_page, reproduce
 from experiments.claims import Claim
+from experiments.claims_page import COMMITTED, RESULTS
 from experiments.registry import EXPERIMENTS
-from experiments.results_page import COMMITTED, RESULTS
 from experiments.runner import draw_again
 
 TINY = ("coherence", "--data", "digits", "--width", "8", "--batch-size", "20", "--epochs", "1", "--early", "0")
@@ -38,11 +38,11 @@ def test_a_committed_run_is_what_its_command_measures():
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
-    assert (RESULTS.parent / "README.md").read_text(encoding="utf-8") == results_page.page(RESULTS)
+    assert (RESULTS.parent / "README.md").read_text(encoding="utf-8") == claims_page.page(RESULTS)
 
 
 def test_the_links_of_the_page_lead_to_files():
-    page = results_page.page(RESULTS)
+    page = claims_page.page(RESULTS)
     links = [part.split(")")[0] for part in page.split("](")[1:]]
     assert all((RESULTS.parent / link).is_file() for link in links if not link.startswith(("http", "#")))
 
@@ -73,7 +73,7 @@ def test_a_committed_folder_is_drawn_again_bit_for_bit(folder, tmp_path):
 def elsewhere(tmp_path, monkeypatch):
     """Results and runs in a folder of the test, and one small run in the table."""
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
-    for module in (reproduce, results_page):
+    for module in (reproduce, claims_page):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setitem(COMMITTED, "tiny", TINY)
     return tmp_path
@@ -155,7 +155,7 @@ def results(tmp_path):
 
 
 def test_the_page_has_a_line_for_every_claim(results):
-    lines = results_page.page(results).splitlines()
+    lines = claims_page.page(results).splitlines()
     assert "6 claims in 2 experiments: holds 6, not shown 0, contradicted 0, not measured 0." in lines
     start = lines.index("| --- | --- | --- | --- | --- | --- | --- | --- |")
     noise, *claims, bound = lines[start + 1 : start + 7]
@@ -168,7 +168,7 @@ def test_the_page_has_a_line_for_every_claim(results):
 
 
 def test_a_section_has_what_was_asked_and_what_was_found(results):
-    page = results_page.page(results)
+    page = claims_page.page(results)
     section = page[page.index("## bound") : page.index("## Other")]
     assert "`make results-bound`, minutes: 2." in section
     assert "Why \\*so\\* `a_b`." in section

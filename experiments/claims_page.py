@@ -1,4 +1,4 @@
-"""`python -m experiments.results_page`: write README.md beside this file from the JSON of experiments/results alone."""
+"""`python -m experiments.claims_page`: write README.md beside this file from the JSON of experiments/results alone."""
 
 import html
 import json
@@ -17,7 +17,7 @@ PAGE = "README.md"
 _INTRODUCTION = """\
 # The claims of the theory, measured
 
-<!-- Written by `python -m experiments.results_page` from the files in results/; not to be edited. -->
+<!-- Written by `python -m experiments.claims_page` from the files in results/; not to be edited. -->
 
 Each claim of the theory of coherent gradients ([docs/theory.md](../docs/theory.md); Chatterjee & Zielinski 2022,
 [arXiv 2203.10036](https://arxiv.org/abs/2203.10036)) was written down, and committed, before the run that tests it. The
