@@ -70,11 +70,6 @@ class OnDevices:
     def _batch_size(self, sample: str) -> int:
         return min(self._config.measure_batch_size, len(self._labels[sample][0]))
 
-    @property
-    def there(self) -> tuple[jax.Array, jax.Array]:
-        """All training images and labels, on the devices."""
-        return self._there["train"]
-
     def rows(self, step: int, rows_per_step: int) -> Iterator[np.ndarray]:
         """The rows [groups, B] of each step from `step` on."""
         batch_size = self._config.batch_size
@@ -84,7 +79,7 @@ class OnDevices:
     def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         """All images and labels, and the rows [groups, B] of each step from `step` on."""
         for rows in self.rows(step, rows_per_step):
-            yield *self.there, devices().spread(rows, 1)
+            yield *self._there["train"], devices().spread(rows, 1)
 
     def arrays(self, sample: str) -> tuple[jax.Array, jax.Array]:
         """Images and labels, as trained on, of the whole sample."""

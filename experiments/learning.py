@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import flax.linen as nn
 import jax
@@ -35,6 +35,10 @@ class LearningConfig(Config):
     def samples(self) -> tuple[str, ...]:
         """The training sample."""
         return ("train",)
+
+    def smaller(self) -> Self:
+        """Measured at few steps."""
+        return dataclasses.replace(self, early=3)
 
     def check(self) -> None:
         """ValueError where single examples cannot be looked at."""

@@ -41,7 +41,7 @@ class NoisyLabelsConfig(LearningConfig):
 
     def smaller(self) -> Self:
         """With one noise, measured at few steps."""
-        return dataclasses.replace(self, noises=self.noises[-1:], early=3)
+        return dataclasses.replace(super().smaller(), noises=self.noises[-1:])
 
     def check(self) -> None:
         """ValueError where options of this experiment are wrong."""

@@ -122,7 +122,7 @@ def _measurement(held_out: tuple[jax.Array, np.ndarray], examples: Examples, mod
     """Predictors, accuracies as labelled and losses; of the test examples the accuracy by true labels too."""
     coherence, train = examples.measure("train", model, params)
     on_test, test = examples.measure("test", model, params)
-    of_grads = statistics(params, *cast(OnDevices, examples).there)
+    of_grads = statistics(params, *cast(OnDevices, examples).arrays("train"))
     row = {
         "alpha": coherence.alpha,
         "gsnr": of_grads.gsnr,

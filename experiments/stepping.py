@@ -53,8 +53,8 @@ class Together:
 
     def __init__(self, method: Trainer, examples: Sequence[OnDevices], done: int) -> None:
         self._method = method
-        self._images = examples[0].there[0]
-        self._labels = jnp.stack([each.there[1] for each in examples])
+        self._images = examples[0].arrays("train")[0]
+        self._labels = jnp.stack([each.arrays("train")[1] for each in examples])
         self._rows = [each.rows(done, method.rows_per_step) for each in examples]
 
     def advance(self, state: State, steps: int, tick: Callable[[int], Any]) -> State:

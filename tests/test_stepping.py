@@ -52,8 +52,8 @@ def test_seeds_in_one_program_take_the_steps_of_each_alone(method):
 def test_the_images_are_on_the_devices_once_for_all_seeds():
     data = InMemory(TINY)
     one, two = (data.noisy(Keys.of(seed), Noise(0.5)) for seed in range(2))
-    assert one.there[0] is two.there[0]
-    assert one.there[1] is not two.there[1]
+    assert one.arrays("train")[0] is two.arrays("train")[0]
+    assert one.arrays("train")[1] is not two.arrays("train")[1]
 
 
 def test_what_one_program_trains(tmp_path):
